@@ -1,0 +1,107 @@
+"""The main job on the lab: two hardened regions, one lost, the service brought back in the other, the figures.
+
+`scripts/demo` runs it. The last line it prints is `demo: rto_s=… lost_acknowledged=… two_writers_ms=… report=…`;
+the exit code is 0 only when the targets of the environment were met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab.paths import ROOT
+
+BASELINE_S = 5.0
+"""Seconds of undisturbed writing before the region is lost, so that the ledger has a "before"."""
+AFTERMATH_S = 5.0
+"""Seconds of writing after the heal: the time in which a returning region might wrongly acknowledge."""
+
+
+class StepError(Exception):
+    """A step of the main job ended with an exit code other than 0."""
+
+    def __init__(self, title: str, code: int) -> None:
+        super().__init__(f"{title} failed (exit code {code}); its output is above, clean up with scripts/clean")
+        self.code = code
+
+
+def run(title: str, command: Sequence[str], *, check: bool = True) -> int:
+    """Run one command of the job with its output shown; raise StepError when `check` and it fails."""
+    print(f"==> {title}", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    print(f"    {title}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+    if check and code:
+        raise StepError(title, code)
+    return code
+
+
+def build(inventory: str, *, small: bool) -> None:
+    """Bring up a fresh lab and the whole environment on it."""
+    lab = [sys.executable, "-m", "lab"]
+    run("Remove what an earlier lab left", [*lab, "down"])
+    run("Start the lab: two regions and a witness", [*lab, "up", *(["--small"] if small else [])])
+    run(
+        "Harden the nodes, deploy the data services and the application",
+        ["ansible-playbook", "-i", inventory, "playbooks/site.yml"],
+    )
+
+
+def lose_and_fail_over(inventory: str, lost: str) -> tuple[int, Path]:
+    """Lose region `lost` under load and run the fail-over; return its exit code and the path of its report (JSON)."""
+    lab = [sys.executable, "-m", "lab"]
+    run("Start the clients", [*lab, "probe", "start", "--all"])
+    time.sleep(BASELINE_S)
+    run(f"Lose {lost}", [*lab, "cut", lost])
+    code = run(
+        "runbook run fail-over",
+        [sys.executable, "-m", "runbooks", "run", "fail-over", "-i", inventory, "--yes"],
+        check=False,
+    )
+    if code not in (0, 1):
+        raise StepError("runbook run fail-over", code)
+    run(f"Heal {lost}", [*lab, "heal", lost])
+    time.sleep(AFTERMATH_S)
+    run("Ask the service which acknowledged writes it holds", [*lab, "probe", "readback"])
+    run("Stop the clients", [*lab, "probe", "stop"])
+    code = run(
+        "Measure from the ledgers", [sys.executable, "-m", "runbooks", "report", "latest", "-i", inventory], check=False
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "runbooks", "report", "latest", "-i", inventory, "--json"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    return code, Path(json.loads(found.stdout)["paths"]["json"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `scripts/demo`."""
+    parser = argparse.ArgumentParser(prog="scripts/demo", description="The main job on the lab.")
+    parser.add_argument("--small", action="store_true", help="half the nodes, for a laptop")
+    arguments = parser.parse_args(argv)
+    inventory = "inventories/lab-small" if arguments.small else "inventories/lab"
+    try:
+        build(inventory, small=arguments.small)
+        code, report = lose_and_fail_over(inventory, "us-east-1")
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    figures = json.loads(report.read_text())["figures"]
+    print("    come back with: scripts/run runbook run fail-back -i", inventory, file=sys.stderr)
+    print(
+        f"demo: rto_s={figures['rto_s']} lost_acknowledged={figures['lost_acknowledged']}"
+        f" two_writers_ms={figures['two_writers_ms']} report={report.with_suffix('.html')}"
+    )
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
