@@ -1,0 +1,291 @@
+"""The lab's network: one namespace with a bridge per site and the routes between them.
+
+Each node has a named namespace of its own, made before its container, so that addresses and routes outlive a
+restart. Nothing has a default route. The machine is joined by one veth and one route; its own forwarding and
+packet filter are not touched.
+
+`plan` is pure: from the topology and what was observed it says which commands make the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network
+
+from lab.paths import PREFIX
+from lab.topology import Topology
+
+ROUTER = f"{PREFIX}fabric"
+UPLINK = "censuslab0"
+TABLE = "censuslab"
+#: The machine's own namespace, which has no name.
+MACHINE = ""
+
+
+class FabricError(RuntimeError):
+    """A command on the network failed; the message has the command and what it said."""
+
+
+@dataclass(frozen=True)
+class Link:
+    addresses: frozenset[str] = frozenset()
+    up: bool = False
+    master: str = ""
+
+
+@dataclass(frozen=True)
+class Space:
+    """A network namespace: its links by name, its routes as (destination, gateway)."""
+
+    links: dict[str, Link] = field(default_factory=dict)
+    routes: frozenset[tuple[str, str]] = frozenset()
+    forwarding: bool = False
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """What is there: namespaces by name, the mark of the loaded rules, the sites cut off (as networks)."""
+
+    spaces: dict[str, Space] = field(default_factory=dict)
+    rules: str = ""
+    cut: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Action:
+    """One command, with its standard input when it takes one."""
+
+    what: str
+    command: tuple[str, ...]
+    stdin: str = ""
+
+
+def space_of(name: str) -> str:
+    """The namespace of a node or client."""
+    return PREFIX + name
+
+
+def port_of(name: str) -> str:
+    """The name of the fabric's end of a node's or client's link (15 characters at most)."""
+    return name.replace("client-", "c-", 1) if name.startswith("client-") else name
+
+
+def desired(topology: Topology) -> dict[str, Space]:
+    """The namespaces, links and routes of a lab that is up; the machine's own has only the lab's part."""
+    supernet, operator = str(topology.supernet), topology.operator
+    router_links = {
+        "lo": Link(up=True),
+        "operator": Link(frozenset({f"{operator.router}/{operator.network.prefixlen}"}), True),
+    }
+    for site in topology.sites:
+        router_links[site.bridge] = Link(frozenset({f"{site.router}/{site.network.prefixlen}"}), True)
+    spaces: dict[str, Space] = {}
+    for name, where, address in [(n.name, n.site, n.address) for n in topology.nodes] + [
+        (c.name, c.site, c.address) for c in topology.clients
+    ]:
+        site = topology.site(where)
+        router_links[port_of(name)] = Link(up=True, master=site.bridge)
+        spaces[space_of(name)] = Space(
+            {"lo": Link(up=True), "eth0": Link(frozenset({f"{address}/{site.network.prefixlen}"}), True)},
+            frozenset({(supernet, str(site.router))}),
+        )
+    spaces[ROUTER] = Space(router_links, forwarding=True)
+    spaces[MACHINE] = Space(
+        {UPLINK: Link(frozenset({f"{operator.address}/{operator.network.prefixlen}"}), True)},
+        frozenset({(supernet, str(operator.router))}),
+    )
+    return spaces
+
+
+def ruleset(topology: Topology) -> str:
+    """The router's packet filter.
+
+    Inside a site everything passes, cut or not. Between sites: nothing to or from a cut one, established flows
+    included; then lab to lab only. The machine is reached by nobody, except for answers and the package cache.
+    """
+    inside = "\n".join(f"    ip saddr {n} ip daddr {n} accept" for n in [s.network for s in topology.sites])
+    operator, supernet = topology.operator, topology.supernet
+    return f"""
+  set cut {{
+    type ipv4_addr
+    flags interval
+  }}
+  chain between {{
+{inside}
+    ip saddr @cut drop
+    ip daddr @cut drop
+    ip saddr != {supernet} reject with icmpx admin-prohibited
+    ip daddr != {supernet} reject with icmpx admin-prohibited
+    ct state established,related accept
+    ip daddr {operator.address} tcp dport {operator.packages_port} accept
+    ip daddr {operator.network} reject with icmpx admin-prohibited
+    ip saddr {supernet} ip daddr {supernet} accept
+    reject with icmpx admin-prohibited
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+    jump between
+  }}
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    iif lo accept
+    ip daddr {operator.router} ip saddr {operator.network} accept
+    jump between
+  }}
+"""
+
+
+def mark(rules: str) -> str:
+    """Names a ruleset, so that one look tells whether it is the loaded one."""
+    return hashlib.sha256(rules.encode()).hexdigest()[:16]
+
+
+def plan(topology: Topology, observed: Fabric, cut: Iterable[str] | None = None) -> list[Action]:
+    """The commands that bring the network to its state; `cut` names the sites to be cut off (None: as they are)."""
+    actions: list[Action] = []
+    want = desired(topology)
+    new: set[str] = set()
+    for name in want:
+        if name != MACHINE and name not in observed.spaces:
+            new.add(name)
+            actions.append(Action(f"namespace {name}", ("ip", "netns", "add", name)))
+    if ROUTER in new or not observed.spaces[ROUTER].forwarding:
+        actions.append(
+            Action(
+                "forwarding between the sites",
+                ("ip", "netns", "exec", ROUTER, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1"),
+            )
+        )
+    rules = ruleset(topology)
+    if observed.rules != mark(rules):
+        # The filter comes before the first link: there is no moment in which the fabric forwards unfiltered.
+        keep = "".join(f"add element inet {TABLE} cut {{ {network} }}\n" for network in sorted(observed.cut))
+        text = f"table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n  comment \"{mark(rules)}\"\n{rules}}}\n{keep}"
+        actions.append(Action("packet filter", ("ip", "netns", "exec", ROUTER, "nft", "-f", "-"), text))
+    if cut is not None:
+        actions += plan_cut(topology, observed.cut, cut)
+
+    router = observed.spaces.get(ROUTER, Space())
+    lines: list[str] = []
+    machine = observed.spaces.get(MACHINE, Space())
+    for site in topology.sites:
+        if site.bridge not in router.links:
+            lines.append(f"link add {site.bridge} type bridge forward_delay 0")
+    for name in want:
+        peer = name.removeprefix(PREFIX)
+        if name not in (MACHINE, ROUTER) and ("eth0" not in observed.spaces.get(name, Space()).links):
+            if port_of(peer) in router.links:
+                lines.append(f"link del {port_of(peer)}")
+            lines.append(f"link add {port_of(peer)} type veth peer name eth0 netns {name}")
+    if lines:
+        actions.append(Action("links", ("ip", "-n", ROUTER, "-batch", "-"), "\n".join(lines) + "\n"))
+    rebuilt = {line.split()[2] for line in lines if line.startswith("link add")}
+    if UPLINK not in machine.links:
+        # A veth pair lives and dies together: without this end the other cannot be there.
+        rebuilt.add("operator")
+        peer = ("type", "veth", "peer", "name", "operator", "netns", ROUTER)
+        actions.append(Action(f"link {UPLINK} to the machine", ("ip", "link", "add", UPLINK, *peer)))
+    for name, space in want.items():
+        seen = observed.spaces.get(name, Space())
+        settings = plan_settings(space, seen, rebuilt if name == ROUTER else set())
+        if settings:
+            where = ("-n", name) if name else ()
+            what = f"addresses and routes of {name or 'the machine'}"
+            actions.append(Action(what, ("ip", *where, "-batch", "-"), "\n".join(settings) + "\n"))
+    return actions
+
+
+def plan_settings(want: Space, seen: Space, rebuilt: set[str]) -> list[str]:
+    """Lines for `ip -batch`: masters, addresses, links up, routes; no default route stays."""
+    lines: list[str] = []
+    for name, link in want.links.items():
+        have = Link() if name in rebuilt else seen.links.get(name, Link())
+        if link.master and link.master != have.master:
+            lines.append(f"link set {name} master {link.master}")
+        if name != "lo":
+            lines += [f"addr add {address} dev {name}" for address in sorted(link.addresses - have.addresses)]
+            lines += [f"addr del {address} dev {name}" for address in sorted(have.addresses - link.addresses)]
+        if link.up and not have.up:
+            lines.append(f"link set {name} up")
+    lines += [f"route replace {to} via {via}" for to, via in sorted(want.routes - seen.routes)]
+    lines += [f"route del {to} via {via}" for to, via in sorted(seen.routes) if to == "default" and MACHINE not in want.links and UPLINK not in want.links]
+    return lines
+
+
+def plan_cut(topology: Topology, observed: frozenset[str], cut: Iterable[str]) -> list[Action]:
+    """The commands after which exactly these sites are cut off; raises TopologyError for an unknown one."""
+    wanted = {str(topology.site(name).network) for name in cut}
+    lines = [f"add element inet {TABLE} cut {{ {n} }}" for n in sorted(wanted - observed)]
+    lines += [f"delete element inet {TABLE} cut {{ {n} }}" for n in sorted(observed - wanted)]
+    if not lines:
+        return []
+    return [Action("cut set", ("ip", "netns", "exec", ROUTER, "nft", "-f", "-"), "\n".join(lines) + "\n")]
+
+
+def plan_absent(observed: Fabric) -> list[Action]:
+    """The commands that remove every namespace of the lab and the machine's link; routes and peers go with them."""
+    actions = []
+    if UPLINK in observed.spaces.get(MACHINE, Space()).links:
+        actions.append(Action(f"link {UPLINK}", ("ip", "link", "del", UPLINK)))
+    actions += [
+        Action(f"namespace {name}", ("ip", "netns", "del", name))
+        for name in sorted(observed.spaces)
+        if name != MACHINE and name.startswith(PREFIX)
+    ]
+    return actions
+
+
+def run(command: Sequence[str], stdin: str = "") -> str:
+    """Runs a command; raises FabricError with what it said when it fails."""
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise FabricError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}\n{stdin}".strip())
+    return done.stdout
+
+
+def observe(links: bool = True) -> Fabric:
+    """What is there now. Without `links` only the cut set is read, which is all a cut needs."""
+    names = [n["name"] for n in json.loads(run(("ip", "-j", "netns", "list")) or "[]") if n["name"].startswith(PREFIX)]
+    spaces: dict[str, Space] = {}
+    for name in [MACHINE, *names]:
+        spaces[name] = _observe_space(name) if links else Space()
+    rules, cut = "", frozenset[str]()
+    if ROUTER in names:
+        inside = ("ip", "netns", "exec", ROUTER)
+        listed = subprocess.run((*inside, "nft", "-s", "list", "table", "inet", TABLE), capture_output=True, text=True, check=False).stdout
+        found = re.search(r'^\tcomment "([0-9a-f]+)"$', listed, re.MULTILINE)
+        rules = found.group(1) if found else ""
+        elements = re.search(r"set cut \{.*?elements = \{(.*?)\}", listed, re.DOTALL)
+        if elements:
+            cut = frozenset(str(IPv4Network(item.strip())) for item in elements.group(1).split(",") if item.strip())
+    return Fabric(spaces, rules, cut)
+
+
+def _observe_space(name: str) -> Space:
+    where = ("-n", name) if name else ()
+    links = {}
+    for item in json.loads(run(("ip", "-j", *where, "addr", "show")) or "[]"):
+        if "ifname" not in item or (name == MACHINE and item["ifname"] != UPLINK):
+            continue
+        addresses = frozenset(f"{a['local']}/{a['prefixlen']}" for a in item.get("addr_info", []) if a["family"] == "inet")
+        links[item["ifname"]] = Link(addresses, "UP" in item.get("flags", []), item.get("master", ""))
+    routes = frozenset(
+        (r["dst"], r["gateway"])
+        for r in json.loads(run(("ip", "-j", *where, "route", "show")) or "[]")
+        if "gateway" in r and (name != MACHINE or r.get("dev") == UPLINK)
+    )
+    forwarding = False
+    if name == ROUTER:
+        forwarding = run(("ip", "netns", "exec", name, "sysctl", "-n", "net.ipv4.ip_forward")).strip() == "1"
+    return Space(links, routes, forwarding)
+
+
+def apply(actions: Iterable[Action]) -> None:
+    """Runs the planned commands in order; raises FabricError at the first that fails."""
+    for action in actions:
+        run(action.command, action.stdin)

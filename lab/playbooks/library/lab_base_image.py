@@ -1,0 +1,113 @@
+#!/usr/bin/python
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The tar of the base image of the lab's nodes."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: lab_base_image
+short_description: Make the base image of the lab's nodes
+version_added: 0.1.0
+author:
+  - CensusChat platform team (@censuschat)
+description:
+  - Says which images the lab needs and which are missing, and makes the tar of the base by debootstrap from the mirror
+    of the machine's own apt, through the lab's package cache. The tar is kept in the project's cache and imported.
+attributes:
+  check_mode:
+    support: full
+    description: Reports what would be done and does nothing.
+  diff_mode:
+    support: none
+    description: The planned actions are returned instead.
+  platform:
+    support: full
+    platforms: debian
+    description: The machine that runs the lab.
+options:
+  inventory:
+    description: The inventory directory that describes the lab.
+    type: path
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Make the base image
+  lab_base_image:
+    inventory: "{{ inventory_dir }}"
+"""
+
+RETURN = r"""
+actions:
+  description: What was done, or would be.
+  type: list
+  elements: str
+  returned: always
+images:
+  description: The image of each role, and of the base.
+  type: dict
+  returned: always
+missing:
+  description: The images that podman does not have, the base first.
+  type: list
+  elements: str
+  returned: always
+containerfiles:
+  description: How each role's image is made from the base.
+  type: dict
+  returned: always
+tar:
+  description: The base image's tar.
+  type: str
+  returned: always
+"""
+
+import os
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+from lab import images, machine, topology
+from lab.paths import IMAGES, STATE, cache
+
+
+def main() -> None:
+    module = AnsibleModule(argument_spec={"inventory": {"type": "path", "required": True}}, supports_check_mode=True)
+    actions = []
+    try:
+        lab = topology.load(Path(module.params["inventory"]))
+        mirror = images.find_mirror()
+        url = f"http://{lab.operator.address}:{lab.operator.packages_port}"
+        recipe = images.Recipe(url, bool(mirror.security), machine.architecture())
+        roles = sorted({node.role for node in lab.nodes})
+        _, listed, _ = module.run_command(["podman", "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"reference={IMAGES}/*"])
+        missing = images.missing(recipe, listed.split(), roles)
+        tar = cache() / "images" / f"base-{recipe.key('base')}.tar"
+        if "base" in missing and not tar.is_file():
+            actions.append(f"make {tar.name}")
+            if not module.check_mode:
+                log = STATE / "log" / "images.log"
+                os.umask(0o022)
+                images.build_base(recipe, tar, log)
+                for old in tar.parent.glob("base-*.tar"):
+                    if old != tar:
+                        old.unlink()
+        if "base" in missing:
+            actions.append(f"import {recipe.image('base')}")
+            if not module.check_mode:
+                change = ["--change", 'CMD ["/sbin/init"]']
+                module.run_command(["podman", "import", *change, str(tar), recipe.image("base")], check_rc=True)
+    except (topology.TopologyError, images.ImageError, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(
+        changed=bool(actions),
+        actions=actions,
+        images={role: recipe.image(role) for role in ["base", *roles]},
+        missing=missing,
+        containerfiles={role: recipe.containerfile(role) for role in roles},
+        tar=str(tar),
+    )
+
+
+if __name__ == "__main__":
+    main()

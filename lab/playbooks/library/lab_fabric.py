@@ -1,0 +1,126 @@
+#!/usr/bin/python
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The lab's network, brought to its state in one call."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: lab_fabric
+short_description: Bring the lab's network to its state
+version_added: 0.1.0
+author:
+  - CensusChat platform team (@censuschat)
+description:
+  - Makes or removes the lab's network namespaces, bridges, links, addresses, routes and packet filter, and cuts
+    sites off from everything else.
+  - The machine itself gets one link and one route; its packet filter and forwarding are not touched.
+attributes:
+  check_mode:
+    support: full
+    description: Reports what would be done and does nothing.
+  diff_mode:
+    support: none
+    description: The planned actions are returned instead.
+  platform:
+    support: full
+    platforms: debian
+    description: The machine that runs the lab.
+options:
+  inventory:
+    description: The inventory directory that describes the lab.
+    type: path
+    required: true
+  state:
+    description: C(present) builds the network and keeps the cut set unless O(cut) is given; C(absent) removes it.
+    type: str
+    choices: [present, absent]
+    default: present
+  cut:
+    description: The sites that shall be cut off, exactly these. Without it the cut set stays as it is.
+    type: list
+    elements: str
+  cut_off:
+    description: Cut this site off too, and leave the others as they are.
+    type: str
+  heal:
+    description: Heal this site, and leave the others as they are.
+    type: str
+"""
+
+EXAMPLES = r"""
+- name: Build the network
+  lab_fabric:
+    inventory: "{{ inventory_dir }}"
+
+- name: Cut a region off
+  lab_fabric:
+    inventory: "{{ inventory_dir }}"
+    cut_off: us-east-1
+"""
+
+RETURN = r"""
+actions:
+  description: What was done, or would be.
+  type: list
+  elements: str
+  returned: always
+cut:
+  description: The sites that are cut off afterwards.
+  type: list
+  elements: str
+  returned: always
+monotonic:
+  description: The machine's monotonic clock, in seconds, right after the last action; ledgers use the same clock.
+  type: float
+  returned: always
+"""
+
+import time
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+from lab import fabric, topology
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "inventory": {"type": "path", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "cut": {"type": "list", "elements": "str"},
+            "cut_off": {"type": "str"},
+            "heal": {"type": "str"},
+        },
+        mutually_exclusive=[("cut", "cut_off", "heal")],
+        supports_check_mode=True,
+    )
+    given = module.params
+    try:
+        lab = topology.load(Path(given["inventory"]))
+        only_cut = given["cut_off"] or given["heal"]
+        observed = fabric.observe(links=not only_cut)
+        cut = given["cut"]
+        if only_cut:
+            if fabric.ROUTER not in observed.spaces:
+                raise fabric.FabricError("the lab's network is not there; start it with: lab up")
+            names = {site.name for site in lab.sites if str(site.network) in observed.cut}
+            cut = sorted((names | {given["cut_off"]}) if given["cut_off"] else (names - {lab.site(given["heal"]).name}))
+            actions = fabric.plan_cut(lab, observed.cut, cut)
+        elif given["state"] == "absent":
+            actions = fabric.plan_absent(observed)
+            cut = []
+        else:
+            actions = fabric.plan(lab, observed, cut)
+        if not module.check_mode:
+            fabric.apply(actions)
+        now = time.monotonic()
+        if cut is None:
+            cut = [site.name for site in lab.sites if str(site.network) in observed.cut]
+    except (topology.TopologyError, fabric.FabricError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(changed=bool(actions), actions=[action.what for action in actions], cut=list(cut), monotonic=now)
+
+
+if __name__ == "__main__":
+    main()

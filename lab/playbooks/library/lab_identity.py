@@ -1,0 +1,103 @@
+#!/usr/bin/python
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Keys, known hosts and names of the lab's nodes."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: lab_identity
+short_description: Make the keys and identities of the lab's nodes
+version_added: 0.1.0
+author:
+  - CensusChat platform team (@censuschat)
+description:
+  - Makes the operator's ssh key, a host key for every node, and known_hosts that pins them. What exists is kept.
+  - Returns how each node's container is to be started.
+attributes:
+  check_mode:
+    support: full
+    description: Reports what would be done and does nothing.
+  diff_mode:
+    support: none
+    description: The planned actions are returned instead.
+  platform:
+    support: full
+    platforms: debian
+    description: The machine that runs the lab.
+options:
+  inventory:
+    description: The inventory directory that describes the lab.
+    type: path
+    required: true
+  images:
+    description: The image of each role.
+    type: dict
+    required: true
+  hybrid_cgroups:
+    description: Whether the machine has cgroup v1, alone or beside v2.
+    type: bool
+    required: true
+  files:
+    description: The limit of open files for a node.
+    type: int
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Make the identities
+  lab_identity:
+    inventory: "{{ inventory_dir }}"
+    images: {db: "localhost/x/db:1", app: "localhost/x/app:1", witness: "localhost/x/witness:1"}
+    hybrid_cgroups: false
+    files: 20000
+"""
+
+RETURN = r"""
+actions:
+  description: The files that were made or changed.
+  type: list
+  elements: str
+  returned: always
+containers:
+  description: Arguments of containers.podman.podman_container by node.
+  type: dict
+  returned: always
+"""
+
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+from lab import nodes, topology
+from lab.paths import STATE
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "inventory": {"type": "path", "required": True},
+            "images": {"type": "dict", "required": True},
+            "hybrid_cgroups": {"type": "bool", "required": True},
+            "files": {"type": "int", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    given = module.params
+    try:
+        lab = topology.load(Path(given["inventory"]))
+        known = {path.name for path in (STATE / "nodes").glob("*") if (path / "ssh_host_ed25519_key").is_file()}
+        if module.check_mode:
+            actions = [f"make the host key of {node.name}" for node in lab.nodes if node.name not in known]
+        else:
+            actions = nodes.provide(lab)
+    except (topology.TopologyError, nodes.NodeError, OSError) as error:
+        module.fail_json(msg=str(error))
+    containers = {
+        node.name: nodes.container(node, given["images"][node.role], given["hybrid_cgroups"], given["files"])
+        for node in lab.nodes
+    }
+    module.exit_json(changed=bool(actions), actions=actions, containers=containers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+#!/usr/bin/python
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What the lab needs of the machine, and its putting back."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: lab_machine
+short_description: Prepare the machine for the lab, or put it back
+version_added: 0.1.0
+author:
+  - CensusChat platform team (@censuschat)
+description:
+  - Installs the Debian packages that are missing, without starting their services, raises the limit of inotify
+    instances for the lab's life and writes podman's engine settings for this machine.
+  - With O(state=absent) the limit is put back and the lab's state directory removed; packages stay.
+attributes:
+  check_mode:
+    support: full
+    description: Reports what would be done and does nothing.
+  diff_mode:
+    support: none
+    description: The planned actions are returned instead.
+  platform:
+    support: full
+    platforms: debian
+    description: The machine that runs the lab.
+options:
+  inventory:
+    description: The inventory directory that describes the lab.
+    type: path
+    required: true
+  state:
+    description: Whether the lab is to live here.
+    type: str
+    choices: [present, absent]
+    default: present
+"""
+
+EXAMPLES = r"""
+- name: Prepare the machine
+  lab_machine:
+    inventory: "{{ inventory_dir }}"
+"""
+
+RETURN = r"""
+actions:
+  description: What was done, or would be.
+  type: list
+  elements: str
+  returned: always
+hybrid_cgroups:
+  description: Whether the machine has cgroup v1, alone or beside v2.
+  type: bool
+  returned: when O(state=present)
+files:
+  description: The limit of open files for a node.
+  type: int
+  returned: when O(state=present)
+"""
+
+import shutil
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+from lab import machine, nodes, topology
+from lab.paths import STATE
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "inventory": {"type": "path", "required": True},
+            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+        },
+        supports_check_mode=True,
+    )
+    actions: list[str] = []
+    name, wanted = machine.INOTIFY
+    remembered = machine.remembered().get(name)
+    try:
+        if module.params["state"] == "absent":
+            limit = machine.plan_restore(machine.current_limit(), remembered, wanted)
+            if limit.set_to is not None:
+                actions.append(f"put {name} back to {limit.set_to}")
+            if STATE.exists():
+                actions.append(f"remove {STATE}")
+            if not module.check_mode:
+                machine.apply_limit(limit)
+                if STATE.exists():
+                    shutil.rmtree(STATE)
+            module.exit_json(changed=bool(actions), actions=actions)
+        lab = topology.load(Path(module.params["inventory"]))
+        facts = machine.observe(lab)
+        if facts.missing:
+            actions.append(f"install {', '.join(facts.missing)}")
+        limit = machine.plan_raise(machine.current_limit(), remembered, wanted)
+        if limit.set_to is not None:
+            actions.append(f"raise {name} from {machine.current_limit()} to {wanted} for the lab's life")
+        if not module.check_mode:
+            STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
+            STATE.chmod(0o700)
+            for directory in ("log", "pids", "nodes", "ssh", "secrets", "pki", "ledgers", "runs"):
+                (STATE / directory).mkdir(mode=0o700, exist_ok=True)
+            if facts.missing:
+                machine.install(facts.missing, STATE / "log" / "install.log")
+                facts = machine.observe(lab)
+            machine.apply_limit(limit)
+            if nodes.write(machine.PODMAN_SETTINGS, machine.podman_settings(facts)):
+                actions.append("write podman's settings for this machine")
+    except (topology.TopologyError, RuntimeError, OSError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(
+        changed=bool(actions), actions=actions, hybrid_cgroups=facts.hybrid_cgroups, files=machine.files_limit()
+    )
+
+
+if __name__ == "__main__":
+    main()

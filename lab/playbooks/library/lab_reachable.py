@@ -1,0 +1,82 @@
+#!/usr/bin/python
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Waits until the lab's nodes let their operator in."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: lab_reachable
+short_description: Wait until the lab's nodes let their operator in
+version_added: 0.1.0
+author:
+  - CensusChat platform team (@censuschat)
+description:
+  - Logs in to every node over ssh with the lab's key and the pinned host keys. Never changes anything.
+attributes:
+  check_mode:
+    support: full
+    description: Reports what would be done and does nothing.
+  diff_mode:
+    support: none
+    description: The planned actions are returned instead.
+  platform:
+    support: full
+    platforms: debian
+    description: The machine that runs the lab.
+options:
+  inventory:
+    description: The inventory directory that describes the lab.
+    type: path
+    required: true
+  nodes:
+    description: Only these nodes. Empty means all of them.
+    type: list
+    elements: str
+    default: []
+  patience:
+    description: How many seconds to wait for the slowest node.
+    type: int
+    default: 60
+"""
+
+EXAMPLES = r"""
+- name: Wait for the nodes
+  lab_reachable:
+    inventory: "{{ inventory_dir }}"
+"""
+
+RETURN = r"""
+seconds:
+  description: How long each node took to answer.
+  type: dict
+  returned: always
+"""
+
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+from lab import nodes, topology
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "inventory": {"type": "path", "required": True},
+            "nodes": {"type": "list", "elements": "str", "default": []},
+            "patience": {"type": "int", "default": 60},
+        },
+        supports_check_mode=True,
+    )
+    given = module.params
+    try:
+        lab = topology.load(Path(given["inventory"]))
+        chosen = tuple(lab.node(name) for name in given["nodes"]) or lab.nodes
+        seconds = {} if module.check_mode else nodes.wait(chosen, given["patience"])
+    except (topology.TopologyError, nodes.NodeError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(changed=False, seconds=seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""The lab as its inventory describes it: sites, nodes, clients and their addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import AddressValueError, IPv4Address, IPv4Network
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class TopologyError(ValueError):
+    """The inventory does not describe a lab; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A network of the lab. Its router is the network's first address."""
+
+    name: str
+    network: IPv4Network
+
+    @property
+    def router(self) -> IPv4Address:
+        return self.network.network_address + 1
+
+    @property
+    def bridge(self) -> str:
+        """The name of its bridge, at most the 15 characters the kernel takes."""
+        return f"br-{self.name}"[:15]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the lab: a container in a network namespace of its own."""
+
+    name: str
+    site: str
+    address: IPv4Address
+    zone: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Client:
+    """A network namespace without a node, for processes of the machine that act inside a region."""
+
+    site: str
+    address: IPv4Address
+
+    @property
+    def name(self) -> str:
+        return f"client-{self.site}"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The machine itself, as the lab sees it."""
+
+    network: IPv4Network
+    address: IPv4Address
+    packages_port: int
+
+    @property
+    def router(self) -> IPv4Address:
+        return self.network.network_address + 1
+
+
+@dataclass(frozen=True)
+class Topology:
+    supernet: IPv4Network
+    operator: Operator
+    sites: tuple[Site, ...]
+    nodes: tuple[Node, ...]
+    clients: tuple[Client, ...]
+
+    def site(self, name: str) -> Site:
+        """The site of that name; raises TopologyError, naming those there are."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise TopologyError(f"{name!r} is not a region of the lab; there are: {', '.join(s.name for s in self.sites)}")
+
+    def node(self, name: str) -> Node:
+        """The node of that name; raises TopologyError, naming those there are."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise TopologyError(f"{name!r} is not a node of the lab; there are: {', '.join(n.name for n in self.nodes)}")
+
+
+#: A node's image follows from the group it is in.
+ROLES = ("app", "db", "witness")
+
+
+def parse(hosts: Mapping[str, Any], networks: Mapping[str, Any]) -> Topology:
+    """Builds the topology from an inventory's groups and the `lab_networks` variable."""
+    variables: dict[str, dict[str, Any]] = {}
+    groups: dict[str, set[str]] = {}
+
+    def walk(group: str, body: Mapping[str, Any] | None, above: tuple[str, ...]) -> None:
+        within = (*above, group)
+        for name, values in ((body or {}).get("hosts") or {}).items():
+            variables.setdefault(name, {}).update(values or {})
+            for member_of in within:
+                groups.setdefault(member_of, set()).add(name)
+        for child, inner in ((body or {}).get("children") or {}).items():
+            walk(child, inner, within)
+
+    for top, body in hosts.items():
+        walk(top, body, ())
+
+    try:
+        supernet = IPv4Network(networks["supernet"])
+        operator = Operator(
+            IPv4Network(networks["operator"]["cidr"]),
+            IPv4Address(networks["operator"]["address"]),
+            int(networks["operator"]["packages_port"]),
+        )
+        sites = tuple(Site(name, IPv4Network(cidr)) for name, cidr in networks["sites"].items())
+        clients = tuple(Client(site, IPv4Address(address)) for site, address in networks["clients"].items())
+    except (KeyError, AddressValueError, ValueError, TypeError) as error:
+        raise TopologyError(f"lab_networks in group_vars/all/main.yml is not usable: {error!r}") from error
+
+    nodes = []
+    for name in sorted(groups.get("nodes", set())):
+        values = variables[name]
+        role = next((r for r in ROLES if name in groups.get(r, set())), None)
+        try:
+            node = Node(name, values["region"], IPv4Address(values["ansible_host"]), values["zone"], role or "")
+        except (KeyError, AddressValueError) as error:
+            raise TopologyError(f"host {name} of the inventory needs region, zone and ansible_host: {error!r}") from error
+        if role is None:
+            raise TopologyError(f"host {name} of the inventory is in none of the groups {', '.join(ROLES)}")
+        nodes.append(node)
+    topology = Topology(supernet, operator, sites, tuple(nodes), clients)
+    check(topology)
+    return topology
+
+
+def check(topology: Topology) -> None:
+    """Raises TopologyError when addresses do not fit their networks or are taken twice."""
+    taken: dict[IPv4Address, str] = {topology.operator.address: "the operator"}
+    if not topology.nodes:
+        raise TopologyError("the inventory's group `nodes` is empty")
+    for site in topology.sites:
+        if not site.network.subnet_of(topology.supernet):
+            raise TopologyError(f"{site.name}'s network {site.network} is not inside {topology.supernet}")
+        taken[site.router] = f"the router of {site.name}"
+    for name, where, address in [(n.name, n.site, n.address) for n in topology.nodes] + [
+        (c.name, c.site, c.address) for c in topology.clients
+    ]:
+        if address not in topology.site(where).network:
+            raise TopologyError(f"{name}'s address {address} is not in {where}'s network {topology.site(where).network}")
+        if address in taken:
+            raise TopologyError(f"{name} and {taken[address]} both have the address {address}")
+        taken[address] = name
+
+
+def load(inventory: Path) -> Topology:
+    """Reads an inventory directory; raises TopologyError in one sentence when it is missing or wrong."""
+    hosts, variables = inventory / "hosts.yml", inventory / "group_vars" / "all" / "main.yml"
+    try:
+        with hosts.open(encoding="utf-8") as stream:
+            groups = yaml.load(stream, Loader=_LOADER)
+        with variables.open(encoding="utf-8") as stream:
+            values = yaml.load(stream, Loader=_LOADER)
+    except OSError as error:
+        raise TopologyError(f"{error.filename} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise TopologyError(f"{inventory} is not valid YAML: {error}") from error
+    return parse(groups or {}, (values or {}).get("lab_networks") or {})
+
+
+# The C parser is several times faster; `lab status` should cost next to nothing.
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
