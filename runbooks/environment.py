@@ -1,0 +1,165 @@
+"""Where a runbook runs: an Ansible inventory, read through Ansible's own library, and what the runbooks need of it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runbooks.errors import Problem, one_line
+from runbooks.journal import state_home
+
+ROOT = Path(__file__).resolve().parent.parent
+ANSIBLE_CONFIG = ROOT / "ansible.cfg"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """How Ansible reaches one host; local when it is this machine, without ssh."""
+
+    name: str
+    address: str
+    port: int
+    user: str | None
+    key: Path | None
+    ssh_args: tuple[str, ...]
+    local: bool
+
+
+class Environment:
+    """One inventory. Variables are templated one by one when asked for: others may have side effects (lookups).
+
+    Raises Problem when the inventory cannot be read or names no environment.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise Problem(f"There is no inventory at {path}", next_command="runbook run --help")
+        # An inventory of which a part cannot be read is not the environment: Ansible would only warn.
+        os.environ["ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED"] = "true"
+        os.environ.setdefault("ANSIBLE_CONFIG", str(ANSIBLE_CONFIG))
+        from ansible.errors import AnsibleError
+        from ansible.inventory.manager import InventoryManager
+        from ansible.parsing.dataloader import DataLoader
+        from ansible.plugins.loader import init_plugin_loader
+        from ansible.vars.manager import VariableManager
+
+        self.path = path.resolve()
+        init_plugin_loader()
+        self._loader = DataLoader()
+        try:
+            self._inventory = InventoryManager(loader=self._loader, sources=[str(self.path)])
+            self._variables = VariableManager(loader=self._loader, inventory=self._inventory)
+            hosts = self._inventory.get_hosts("all")
+            self._raw: Mapping[str, Any] = self._variables.get_vars(host=hosts[0]) if hosts else {}
+        except AnsibleError as error:
+            raise Problem(
+                f"The inventory {path} cannot be read: {one_line(str(error))}",
+                next_command=f"ansible-inventory -i {path} --list",
+            ) from error
+        if not hosts:
+            raise Problem(
+                f"The inventory {path} holds no hosts", next_command=f"ansible-inventory -i {path} --list"
+            )
+        self.name = str(self.require("environment_name"))
+
+    def template(self, value: Any, **variables: Any) -> Any:
+        """The value with its templates filled in from the inventory's variables and the given ones.
+
+        Raises Problem when a variable is missing.
+        """
+        return self._template(value, {**self._raw, **variables}, str(value))
+
+    def _template(self, value: Any, variables: dict[str, Any], what: str) -> Any:
+        from ansible.errors import AnsibleError
+        from ansible.template import Templar, trust_as_template
+
+        if isinstance(value, str):
+            value = trust_as_template(value)
+        try:
+            return Templar(loader=self._loader, variables=variables).template(value)
+        except AnsibleError as error:
+            raise Problem(
+                f"The inventory {self.path} does not yield {what}: {one_line(str(error))}",
+                next_command=f"ansible-inventory -i {self.path} --list",
+            ) from error
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A variable of the environment."""
+        return self.template(self._raw[name]) if name in self._raw else default
+
+    def require(self, name: str) -> Any:
+        """A variable of the environment. Raises Problem when there is none."""
+        if name not in self._raw:
+            raise Problem(
+                f"The inventory {self.path} does not set {name}",
+                next_command=f"ansible-inventory -i {self.path} --list",
+            )
+        return self.get(name)
+
+    @property
+    def state_directory(self) -> Path:
+        """Where the journal and the reports of this environment are kept."""
+        given = self.get("runbook_state")
+        return Path(str(given)).expanduser() if given else state_home() / self.name
+
+    @property
+    def ledgers(self) -> Path | None:
+        """Where the clients' ledgers are, if the environment has any."""
+        given = self.get("runbook_ledgers")
+        return Path(str(given)).expanduser() if given else None
+
+    def help(self, topic: str, default: str) -> str:
+        """The environment's own next command for a fault (variable runbook_help: topic -> command)."""
+        return str((self.get("runbook_help") or {}).get(topic, default))
+
+    def nodes(self, pattern: str) -> list[Node]:
+        """The hosts that a pattern names. Raises Problem when it names none."""
+        hosts = self._inventory.get_hosts(pattern)
+        if not hosts:
+            raise Problem(
+                f"The inventory {self.path} has no host that matches {pattern}",
+                next_command=f"ansible-inventory -i {self.path} --graph",
+            )
+        return [self._node(host) for host in hosts]
+
+    def _node(self, host: Any) -> Node:
+        raw = self._variables.get_vars(host=host)
+
+        def value(*names: str) -> Any:
+            name = next((n for n in names if n in raw), None)
+            return None if name is None else self._template(raw[name], raw, f"{name} of {host.name}")
+
+        key = value("ansible_ssh_private_key_file", "ansible_private_key_file")
+        extra = [value("ansible_ssh_common_args"), value("ansible_ssh_extra_args")]
+        return Node(
+            name=host.name,
+            address=str(value("ansible_host", "ansible_ssh_host") or host.name),
+            port=int(value("ansible_port", "ansible_ssh_port") or 22),
+            user=value("ansible_user", "ansible_ssh_user"),
+            key=Path(str(key)).expanduser() if key else None,
+            ssh_args=tuple(word for text in extra if text for word in shlex.split(str(text))),
+            local=value("ansible_connection") == "local",
+        )
+
+
+def ssh_options() -> list[str]:
+    """The options that Ansible itself gives to ssh, so that a connection made here is one that its tasks find open."""
+    from ansible import constants
+    from ansible.plugins.loader import connection_loader
+
+    connection_loader.get("ssh", class_only=True)  # Its options are known once it is loaded.
+
+    def setting(name: str) -> str:
+        return str(constants.config.get_config_value(name, plugin_type="connection", plugin_name="ssh") or "")
+
+    directory = Path(setting("control_path_dir")).expanduser()
+    options = shlex.split(setting("ssh_args"))
+    path = setting("control_path")
+    if path:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        options += ["-o", "ControlPath=" + path % {"directory": directory}]
+    return options

@@ -1,0 +1,173 @@
+"""What a run shows while it runs: a live table in a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from runbooks.definition import Step
+from runbooks.journal import RunState
+from runbooks.step import Activity, Result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runbooks.engine import Request
+
+MARKS = {"ok": "✓", "failed": "✗", "timed out": "✗", "interrupted": "■", "running": "▶", "waiting": "·"}
+STYLES = {"ok": "green", "failed": "bold red", "timed out": "bold red", "interrupted": "yellow", "running": "cyan"}
+
+
+def seconds(value: float) -> str:
+    """A duration for people: 8.4 s, 3 min 05 s."""
+    return f"{value:.1f} s" if value < 100 else f"{int(value // 60)} min {int(value % 60):02d} s"
+
+
+class Progress:
+    """Plain lines on a stream: one when a step begins, one when it ends, the failures in full."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self._total, self._number = 0, 0
+
+    def _line(self, text: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {text}", file=self.stream, flush=True)
+
+    @contextmanager
+    def showing(self, request: Request, state: RunState) -> Iterator[None]:
+        """For as long as the steps run."""
+        self._total = len(state.steps)
+        self._number = self._total - len(state.pending)
+        self._line(headline(request))
+        for text in notes(request, state):
+            self._line(text)
+        yield
+
+    def begin(self, step: Step) -> None:
+        self._number += 1
+        self._line(f"[{self._number}/{self._total}] {step.id}: {step.title} (budget {seconds(step.budget_s)})")
+
+    def activity(self, activity: Activity) -> None:
+        """What the step does now; plain lines leave it out."""
+
+    def end(self, step: Step, result: Result, elapsed: float) -> None:
+        self._line(f"[{self._number}/{self._total}] {ending(step, result, elapsed)}")
+        for line in failure_lines(result):
+            print(line, file=self.stream, flush=True)
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+
+def headline(request: Request) -> str:
+    parameters = " ".join(f"{k}={v}" for k, v in request.parameters.items())
+    runbook = request.definition
+    return f"{runbook.title}: {runbook.name} {parameters} on {request.environment.name}, run {request.run}"
+
+
+def notes(request: Request, state: RunState) -> list[str]:
+    texts = []
+    if request.left_out:
+        texts.append(f"Left out, because they do not answer: {', '.join(request.left_out)}")
+    done = [s for s in state.steps if s not in state.pending]
+    if done:
+        texts.append(f"Done by the run before: {', '.join(done)}")
+    return texts
+
+
+def ending(step: Step, result: Result, elapsed: float) -> str:
+    over = f", over its budget of {seconds(step.budget_s)}" if elapsed > step.budget_s else ""
+    says = f": {result.says}" if result.says else ""
+    return f"{step.id}: {result.outcome} after {seconds(elapsed)}{over}{says}"
+
+
+def failure_lines(result: Result) -> list[str]:
+    lines = []
+    for failure in result.failures:
+        where = " - ".join(p for p in (failure["host"], failure["task"]) if p)
+        first, *more = failure["message"].splitlines() or [""]
+        lines.append(f"    {where}: {first}" if where else f"    {first}")
+        lines += [f"        {line}" for line in more]
+    return lines
+
+
+class LiveProgress(Progress):
+    """A table that is redrawn four times a second."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        super().__init__(stream)
+        self._mutex = threading.Lock()
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._now = ""
+        self._headline = ""
+
+    @contextmanager
+    def showing(self, request: Request, state: RunState) -> Iterator[None]:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(file=self.stream)
+        self._headline = headline(request)
+        for text in notes(request, state):
+            self._console.print(text, style="yellow", markup=False)
+        for step in request.definition.steps:
+            done = state.steps[step.id]
+            kept = step.id not in state.pending
+            self._rows[step.id] = {
+                "step": step, "state": done.outcome if kept else "waiting", "began": None,
+                "elapsed": done.elapsed_s if kept else None, "says": done.says if kept else "",
+            }
+        with Live(get_renderable=self._table, console=self._console, refresh_per_second=4, transient=False):
+            yield
+
+    def _table(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self._headline), title_justify="left", expand=True, box=None, padding=(0, 1))
+        table.add_column("")
+        table.add_column("Step", no_wrap=True)
+        table.add_column("Took", justify="right", no_wrap=True)
+        table.add_column("Budget", justify="right", no_wrap=True)
+        table.add_column("", ratio=1)
+        with self._mutex:
+            for row in self._rows.values():
+                step, state = row["step"], row["state"]
+                took = time.monotonic() - row["began"] if state == "running" else row["elapsed"]
+                late = took is not None and took > step.budget_s
+                text = self._now or step.title if state == "running" else row["says"] or step.title
+                style = STYLES.get(state, "dim")
+                table.add_row(
+                    Text(MARKS[state], style=style), Text(step.id, style=style),
+                    Text("" if took is None else seconds(took), style="yellow" if late else ""),
+                    seconds(step.budget_s), Text(text, style="dim" if state == "waiting" else ""),
+                )
+        return table
+
+    def begin(self, step: Step) -> None:
+        with self._mutex:
+            self._now = ""
+            self._rows[step.id].update(state="running", began=time.monotonic())
+
+    def activity(self, activity: Activity) -> None:
+        with self._mutex:
+            self._now = str(activity)
+
+    def end(self, step: Step, result: Result, elapsed: float) -> None:
+        with self._mutex:
+            self._rows[step.id].update(state=result.outcome, elapsed=elapsed, says=result.says)
+        for line in failure_lines(result):
+            self._console.print(line, style="red", markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        self._line(text)
+
+
+def choose(stream: TextIO | None = None) -> Progress:
+    """A live table when the stream is a terminal."""
+    stream = stream or sys.stderr
+    return LiveProgress(stream) if stream.isatty() else Progress(stream)
