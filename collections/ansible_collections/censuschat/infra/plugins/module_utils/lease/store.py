@@ -1,0 +1,170 @@
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The lease protocol on etcd: what is read, and the few transactions that may change it.
+
+Each change compares what its planner saw, so a plan made on an old view fails instead of harming.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from . import etcd
+from .model import (
+    EpochRecord,
+    GateRecord,
+    HandOver,
+    LeaseError,
+    LeaseRecord,
+    Shipped,
+    StoreView,
+    decode,
+    encode,
+)
+
+_NAME = re.compile(r"^[a-z0-9][a-z0-9.-]*$")
+
+
+def view_of(pairs: Sequence[etcd.KeyValue], prefix: str) -> StoreView:
+    """What one read of everything below `prefix` says. Raises LeaseError on a record that cannot be read."""
+    found: dict[str, Any] = {}
+    gates = []
+    for pair in pairs:
+        name = pair.key[len(prefix) :]
+        where = f"key {pair.key} of the lease store"
+        if name == "epoch":
+            found["epoch"] = decode(EpochRecord, pair.value, where)
+            found["epoch_revision"] = pair.mod_revision
+        elif name == "lease":
+            if not pair.lease_id:
+                raise LeaseError(
+                    f"{where} is bound to no lease: it would never end. Delete it and take the lease again."
+                )
+            found["lease"] = decode(LeaseRecord, pair.value, where, lease_id=pair.lease_id)
+        elif name == "handover":
+            found["handover"] = decode(HandOver, pair.value, where)
+        elif name == "shipped":
+            found["shipped"] = decode(Shipped, pair.value, where)
+        elif name.startswith("gates/"):
+            gates.append(decode(GateRecord, pair.value, where))
+    return StoreView(gates=tuple(gates), **found)
+
+
+class LeaseStore:
+    """The write lease of one environment. Methods raise etcd.EtcdError or LeaseError."""
+
+    def __init__(self, client: etcd.Etcd, environment: str) -> None:
+        if not _NAME.match(environment):
+            raise LeaseError(f"'{environment}' is no name for an environment: small letters, digits, dot and dash")
+        self.client = client
+        self.prefix = f"/censuschat/{environment}/"
+
+    def key(self, name: str) -> str:
+        return self.prefix + name
+
+    def observe(self, deadline: float | None = None) -> StoreView:
+        return view_of(self.client.read(self.prefix, deadline), self.prefix)
+
+    def keep_alive(self, lease_id: int, deadline: float | None = None) -> int:
+        """Renew; the lease's time to live in seconds as the store counts it, 0 when it is gone."""
+        return self.client.keep_alive(lease_id, deadline)
+
+    def remaining(self, lease_id: int) -> int:
+        """Seconds until the lease ends unless it is renewed; -1 when it is gone."""
+        return self.client.time_to_live(lease_id)
+
+    def register(self, gate: GateRecord, lease_id: int, deadline: float | None = None) -> bool:
+        """Say that this node's gate may open from now on. False: the lease changed, or is being handed over."""
+        return self.client.transaction(
+            [etcd.bound_to(self.key("lease"), lease_id), etcd.absent(self.key("handover"))],
+            [etcd.put(self.key(f"gates/{gate.node}"), encode(gate), lease_id)],
+            deadline,
+        )
+
+    def unregister(self, gate: GateRecord) -> bool:
+        """Say that this node's gate is closed for good under this epoch."""
+        key = self.key(f"gates/{gate.node}")
+        return self.client.transaction([etcd.has_value(key, encode(gate))], [etcd.delete(key)])
+
+    def record_shipped(self, proof: Shipped, handover: HandOver) -> bool:
+        """Leave the proof that the other region holds all of this region's WAL."""
+        return self.client.transaction(
+            [etcd.has_value(self.key("handover"), encode(handover))], [etcd.put(self.key("shipped"), encode(proof))]
+        )
+
+    def take(
+        self, view: StoreView, region: str, *, ttl_s: float, wall: float, by: str, epoch_floor: int = 0
+    ) -> LeaseRecord:
+        """Take the free lease with the next epoch; exactly one of several takers wins.
+
+        The transaction holds only if no lease exists and the epoch is still the one in `view`. epoch_floor: the epoch
+        to go above when the store lost its memory. Raises LeaseError when somebody else was faster.
+        """
+        conditions = [etcd.absent(self.key("lease"))]
+        return self._replace(view, region, conditions, ttl_s=ttl_s, wall=wall, by=by, epoch_floor=epoch_floor)
+
+    def swap(self, view: StoreView, handover: HandOver, *, ttl_s: float, wall: float, by: str) -> LeaseRecord:
+        """Finish a hand-over: in one transaction the lease goes from a holder whose gates are all closed to `to`."""
+        if view.lease is None:
+            raise LeaseError("there is no lease to hand over")
+        conditions = [
+            etcd.bound_to(self.key("lease"), view.lease.lease_id),
+            etcd.has_value(self.key("handover"), encode(handover)),
+            etcd.absent(self.key("gates/"), prefix=True),
+        ]
+        if handover.require_shipped:
+            conditions.append(etcd.present(self.key("shipped")))
+        return self._replace(view, handover.to, conditions, ttl_s=ttl_s, wall=wall, by=by)
+
+    def _replace(
+        self,
+        view: StoreView,
+        region: str,
+        conditions: Sequence[dict[str, Any]],
+        *,
+        ttl_s: float,
+        wall: float,
+        by: str,
+        epoch_floor: int = 0,
+    ) -> LeaseRecord:
+        last = max(view.epoch.epoch if view.epoch else 0, epoch_floor)
+        lease_id = self.client.grant(ttl_s)
+        epoch = EpochRecord(last + 1, region, round(wall, 3), by)
+        lease = LeaseRecord(epoch.epoch, region, lease_id)
+        try:
+            done = self.client.transaction(
+                [etcd.unchanged(self.key("epoch"), view.epoch_revision), *conditions],
+                [
+                    etcd.put(self.key("epoch"), encode(epoch)),
+                    etcd.put(self.key("lease"), encode(lease), lease_id),
+                    etcd.delete(self.key("handover")),
+                    etcd.delete(self.key("shipped")),
+                ],
+            )
+        except etcd.EtcdUnreachable:
+            # The answer was lost, not necessarily the change: look who has it.
+            done = False
+        if not done:
+            now = self.observe()
+            if now.lease is None or now.lease.lease_id != lease_id:
+                self.client.revoke(lease_id)
+                holder = (
+                    f"{now.lease.region} holds it with epoch {now.lease.epoch}" if now.lease else "the store changed"
+                )
+                raise LeaseError(f"the lease could not be taken for {region}: {holder}")
+        return lease
+
+    def put_handover(self, handover: HandOver, lease_id: int) -> bool:
+        """Ask the holder to hand over. False: the lease changed meanwhile."""
+        return self.client.transaction(
+            [etcd.bound_to(self.key("lease"), lease_id)],
+            [etcd.put(self.key("handover"), encode(handover)), etcd.delete(self.key("shipped"))],
+        )
+
+    def cancel_handover(self, handover: HandOver) -> bool:
+        """Withdraw a hand-over that was not finished. False: it is no longer there."""
+        return self.client.transaction(
+            [etcd.has_value(self.key("handover"), encode(handover))],
+            [etcd.delete(self.key("handover")), etcd.delete(self.key("shipped"))],
+        )
