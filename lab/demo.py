@@ -12,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
-from lab.paths import ROOT
+from lab.paths import REPO
 
 BASELINE_S = 5.0
 """Seconds of undisturbed writing before the region is lost, so that the ledger has a "before"."""
@@ -34,7 +35,7 @@ def run(title: str, command: Sequence[str], *, check: bool = True) -> int:
     """Run one command of the job with its output shown; raise StepError when `check` and it fails."""
     print(f"==> {title}", file=sys.stderr, flush=True)
     started = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = subprocess.run(command, cwd=REPO, check=False).returncode
     print(f"    {title}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
     if check and code:
         raise StepError(title, code)
@@ -52,12 +53,23 @@ def build(inventory: str, *, small: bool) -> None:
     )
 
 
-def lose_and_fail_over(inventory: str, lost: str) -> tuple[int, Path]:
-    """Lose region `lost` under load and run the fail-over; return its exit code and the path of its report (JSON)."""
+@dataclass(frozen=True)
+class Outcome:
+    """What came of losing a region. Times are seconds of CLOCK_MONOTONIC, like the ledgers'."""
+
+    code: int
+    report: dict[str, Any]
+    cut_t: float
+    healed_t: float
+
+
+def lose_and_fail_over(inventory: str, lost: str) -> Outcome:
+    """Lose region `lost` under load, run the fail-over, heal the region, and measure with the clients' last word."""
     lab = [sys.executable, "-m", "lab"]
     run("Start the clients", [*lab, "probe", "start", "--all"])
     time.sleep(BASELINE_S)
     run(f"Lose {lost}", [*lab, "cut", lost])
+    cut_t = time.monotonic()
     code = run(
         "runbook run fail-over",
         [sys.executable, "-m", "runbooks", "run", "fail-over", "-i", inventory, "--yes"],
@@ -66,20 +78,27 @@ def lose_and_fail_over(inventory: str, lost: str) -> tuple[int, Path]:
     if code not in (0, 1):
         raise StepError("runbook run fail-over", code)
     run(f"Heal {lost}", [*lab, "heal", lost])
+    healed_t = time.monotonic()
     time.sleep(AFTERMATH_S)
     run("Ask the service which acknowledged writes it holds", [*lab, "probe", "readback"])
     run("Stop the clients", [*lab, "probe", "stop"])
-    code = run(
-        "Measure from the ledgers", [sys.executable, "-m", "runbooks", "report", "latest", "-i", inventory], check=False
-    )
-    found = subprocess.run(
-        [sys.executable, "-m", "runbooks", "report", "latest", "-i", inventory, "--json"],
-        cwd=ROOT,
+    code = run("Measure from the ledgers", [sys.executable, "-m", "runbooks", "report", "-i", inventory], check=False)
+    return Outcome(code, report(inventory), cut_t, healed_t)
+
+
+def report(inventory: str) -> dict[str, Any]:
+    """The report of the environment's latest run."""
+    done = subprocess.run(
+        [sys.executable, "-m", "runbooks", "report", "-i", inventory, "--json"],
+        cwd=REPO,
         check=False,
         capture_output=True,
         text=True,
     )
-    return code, Path(json.loads(found.stdout)["paths"]["json"])
+    if not done.stdout:
+        raise StepError(f"runbook report: {done.stderr}", done.returncode)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,17 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     inventory = "inventories/lab-small" if arguments.small else "inventories/lab"
     try:
         build(inventory, small=arguments.small)
-        code, report = lose_and_fail_over(inventory, "us-east-1")
+        outcome = lose_and_fail_over(inventory, "us-east-1")
     except StepError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    figures = json.loads(report.read_text())["figures"]
+    figures = outcome.report["figures"]
     print("    come back with: scripts/run runbook run fail-back -i", inventory, file=sys.stderr)
     print(
         f"demo: rto_s={figures['rto_s']} lost_acknowledged={figures['lost_acknowledged']}"
-        f" two_writers_ms={figures['two_writers_ms']} report={report.with_suffix('.html')}"
+        f" two_writers_ms={figures['two_writers_ms']} report={outcome.report['paths']['html']}"
     )
-    return code
+    return outcome.code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,183 @@
+"""The main job and the way back, on a lab of their own; what is asserted is what the clients' ledgers say.
+
+The tests of this module run in order: each leaves the lab as the next one needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import demo
+from lab.paths import REPO, STATE
+from runbooks import ledger
+
+INVENTORY = "inventories/lab"
+PRIMARY, SECONDARY = "us-east-1", "us-west-2"
+LAB = [sys.executable, "-m", "lab"]
+RUNBOOK = [sys.executable, "-m", "runbooks"]
+
+
+def call(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done
+
+
+def runs() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(call(*RUNBOOK, "runs", "-i", INVENTORY, "--json").stdout)
+    return found
+
+
+def records() -> list[ledger.Record]:
+    return ledger.read_all((STATE / "ledgers").glob("*.jsonl"))
+
+
+def acks_by(region: str, since: float) -> list[ledger.Record]:
+    return [r for r in records() if r.kind == "ack" and r.region == region and r.t > since]
+
+
+def wait_for_acks(region: str, seconds: float) -> None:
+    """Until an outside client is served by the region."""
+    since, deadline = time.monotonic(), time.monotonic() + seconds
+    while not any(r.side == ledger.OUTSIDE for r in acks_by(region, since)):
+        assert time.monotonic() < deadline, f"no outside client was served by {region} within {seconds:.0f} s"
+        time.sleep(0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """A fresh lab with the whole environment on it."""
+    demo.build(INVENTORY, small=False)
+    yield
+    call(*LAB, "probe", "stop", check=False)
+
+
+@pytest.fixture(scope="module")
+def lost_region() -> demo.Outcome:
+    """The main job: the primary region is lost under load and the runbook brings the service back."""
+    return demo.lose_and_fail_over(INVENTORY, PRIMARY)
+
+
+def test_main_job_meets_the_targets(lost_region: demo.Outcome) -> None:
+    figures = ledger.measure(records(), to_region=SECONDARY)
+    targets = lost_region.report["targets"]
+    assert lost_region.code == 0
+    assert figures.two_writers_ms == 0
+    assert figures.rto_s is not None
+    assert figures.rto_s < targets["rto_critical_s"]
+    assert figures.database_gap_s is not None
+    assert figures.database_gap_s < targets["rto_database_s"]
+    assert figures.rpo_s is not None
+    assert figures.rpo_s < targets["rpo_s"]
+    # The report says what the ledgers say, no more and no less.
+    assert lost_region.report["figures"]["rto_s"] == pytest.approx(figures.rto_s, abs=0.001)
+    assert lost_region.report["figures"]["lost_acknowledged"] == figures.lost_acknowledged
+
+
+def test_writers_on_both_sides_wrote_through_the_cut(lost_region: demo.Outcome) -> None:
+    """Without acknowledgements inside the cut region, "0 ms with two writers" would prove nothing."""
+    inside = [r for r in records() if r.side == PRIMARY and r.kind == "ack" and r.t > lost_region.cut_t]
+    assert inside, "no client inside the cut region was served after the cut"
+    first_new = min(r.t for r in acks_by(SECONDARY, lost_region.cut_t))
+    assert max(r.t for r in inside) < first_new
+    assert any(r.side == SECONDARY for r in acks_by(SECONDARY, lost_region.cut_t))
+
+
+def test_returned_region_acknowledges_nothing(lost_region: demo.Outcome) -> None:
+    """The session that was open before the cut, and new ones, after the region has healed."""
+    first_new = min(r.t for r in acks_by(SECONDARY, lost_region.cut_t))
+    assert [r for r in acks_by(PRIMARY, first_new) if r.timeline is not None] == []
+    tries = [r for r in records() if r.side == PRIMARY and r.kind == "fail" and r.t > lost_region.healed_t]
+    assert tries, "no client inside the healed region tried to write"
+
+
+def test_report_page_is_self_contained(lost_region: demo.Outcome) -> None:
+    page = Path(lost_region.report["paths"]["html"]).read_text()
+    assert "us-west-2" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_fail_back_loses_nothing(lost_region: demo.Outcome) -> None:
+    call(*LAB, "probe", "start", "--all")
+    wait_for_acks(SECONDARY, 30)
+    before = time.monotonic()
+    call(*RUNBOOK, "run", "fail-back", "-i", INVENTORY, "--yes")
+    wait_for_acks(PRIMARY, 60)
+    time.sleep(3)
+    call(*LAB, "probe", "readback")
+    call(*LAB, "probe", "stop")
+    figures = ledger.measure(records(), start=before - 10, to_region=PRIMARY)
+    assert figures.lost_acknowledged == 0
+    assert figures.two_writers_ms == 0
+    assert figures.rto_s is not None
+
+
+def timeline(region: str) -> int:
+    """The database timeline of the region's leader, as Patroni says."""
+    host = {PRIMARY: "use1-db1", SECONDARY: "usw2-db1"}[region]
+    done = call(
+        "ansible",
+        host,
+        "-i",
+        INVENTORY,
+        "-b",
+        "-m",
+        "ansible.builtin.command",
+        "-a",
+        "curl --silent --cacert /etc/censuschat/pki/ca.crt https://127.0.0.1:8008/cluster",
+    )
+    body = done.stdout[done.stdout.index("{") :]
+    return max(int(m["timeline"]) for m in json.loads(body)["members"])
+
+
+def test_killed_after_promotion_and_resumed_promotes_once(lost_region: demo.Outcome) -> None:
+    """SIGKILL of the runbook between promotion and the record change; `resume` finishes, the database forks once."""
+    call(*LAB, "probe", "start", "--all")
+    wait_for_acks(PRIMARY, 30)
+    before = timeline(SECONDARY)
+    cut = time.monotonic()
+    call(*LAB, "cut", PRIMARY)
+    process = subprocess.Popen(
+        [*RUNBOOK, "run", "fail-over", "-i", INVENTORY, "--yes"],
+        cwd=REPO,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while True:
+        assert time.monotonic() < deadline, "the run did not get through its promotion within 120 s"
+        assert process.poll() is None, f"the run ended by itself with {process.returncode}"
+        started = [r for r in runs() if r["started"] > 0]
+        state = json.loads(call(*RUNBOOK, "status", started[-1]["run"], "--json").stdout)
+        if state["steps"].get("promote", {}).get("outcome") == "done":
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run = started[-1]["run"]
+    assert json.loads(call(*RUNBOOK, "status", run, "--json").stdout)["shown_state"] == "dead"
+    refused = call(*RUNBOOK, "run", "fail-over", "-i", INVENTORY, "--yes", check=False)
+    assert refused.returncode == 3
+    assert f"runbook resume {run}" in refused.stderr
+
+    call(*RUNBOOK, "resume", run)
+    wait_for_acks(SECONDARY, 60)
+    assert timeline(SECONDARY) == before + 1
+    assert {r.timeline for r in acks_by(SECONDARY, cut)} == {before + 1}
+
+    call(*LAB, "heal", PRIMARY)
+    call(*RUNBOOK, "run", "fail-back", "-i", INVENTORY, "--yes")
+    wait_for_acks(PRIMARY, 60)
+    assert ledger.measure(records(), start=cut - 5).two_writers_ms == 0
