@@ -132,7 +132,8 @@ def observe_units(names: Sequence[str], commands: Commands) -> dict[str, UnitSta
         return {name: UnitState(name) for name in names}
     unique = list(dict.fromkeys(names))
     done = commands.must(
-        ["systemctl", "show", "--timestamp=us+utc", f"--property={_PROPERTIES}", "--", *unique], "asking systemd for units"
+        ["systemctl", "show", "--timestamp=us+utc", f"--property={_PROPERTIES}", "--", *unique],
+        "asking systemd for units",
     )
     return parse_units(unique, done.out)
 
@@ -151,7 +152,7 @@ class Executor:
         packages = [a for a in actions if a.kind == "package"]
         rest = [a for a in actions if a.kind != "package"]
         if packages:
-            self._packages(packages)
+            self.install(packages)
             rest = plan(self.desired, observe(self.desired, self.commands))
             still = [a.target for a in rest if a.kind == "package"]
             if still:
@@ -160,12 +161,12 @@ class Executor:
                     "name real packages, not virtual ones"
                 )
         for action in rest:
-            self._apply(action)
+            self.apply(action)
             self.done.append(action)
         self._verify(rest)
         return self.done
 
-    def _apply(self, action: Action) -> None:
+    def apply(self, action: Action) -> None:
         item = action.payload
         if isinstance(item, Group):
             self.commands.must(
@@ -242,7 +243,7 @@ class Executor:
             if unit.active == "failed":
                 raise NodeError(f"unit {name} failed right after its start; {self._journal(name)}")
 
-    def _packages(self, actions: Sequence[Action]) -> None:
+    def install(self, actions: Sequence[Action]) -> None:
         install = [a.target for a in actions if a.detail == "install"]
         remove = [a.target for a in actions if a.detail == "remove"]
         if install:

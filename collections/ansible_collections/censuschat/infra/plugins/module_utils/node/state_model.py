@@ -98,16 +98,21 @@ class Desired:
                 for u in params.get("users") or ()
             ),
             directories=tuple(
-                Directory(_path(d["path"]), d["owner"], d["group"], _mode(d["mode"], d["path"]))
+                Directory(
+                    path=_path(d["path"]),
+                    owner=d.get("owner") or "root",
+                    group=d.get("group") or "root",
+                    mode=_mode(d.get("mode") or "0755", d["path"]),
+                )
                 for d in params.get("directories") or ()
             ),
             files=tuple(
                 File(
                     path=_path(f["path"]),
                     content=f["content"],
-                    owner=f["owner"],
-                    group=f["group"],
-                    mode=_mode(f["mode"], f["path"]),
+                    owner=f.get("owner") or "root",
+                    group=f.get("group") or "root",
+                    mode=_mode(f.get("mode") or "0644", f["path"]),
                     secret=bool(f.get("secret")),
                     validate=f.get("validate") or "",
                 )
@@ -240,5 +245,5 @@ def _removable(path: str) -> str:
 
 def _mode(mode: str, path: str) -> int:
     if not re.fullmatch(r"[0-7]{3,4}", mode):
-        raise NodeError(f"{path}: mode {mode!r} is not an octal mode in quotes, as in \"0644\"")
+        raise NodeError(f'{path}: mode {mode!r} is not an octal mode in quotes, as in "0644"')
     return int(mode, 8)

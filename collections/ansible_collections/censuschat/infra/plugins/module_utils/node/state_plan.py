@@ -47,7 +47,8 @@ def plan(desired: Desired, observed: Observed) -> list[Action]:
     ]
     actions += contents
     touched = frozenset(a.target for a in contents)
-    if any(p.startswith(_UNIT_DIRECTORIES) for p in touched) or any(u.need_reload for u in observed.units.values()):
+    stale = any(observed.units[s.name].need_reload for s in desired.services if s.name in observed.units)
+    if stale or any(p.startswith(_UNIT_DIRECTORIES) for p in touched):
         actions.append(Action("systemd", "daemon-reload", "unit files changed"))
     for service in desired.services:
         actions += _service(service, desired, observed, touched, installing)
@@ -127,7 +128,9 @@ def _file(want: File, now: PathState) -> list[Action]:
     detail = "content" if before == after else f"content, {before} -> {after}"
     if want.secret:
         return [Action("file", want.path, detail, want, before="(old secret, not shown)\n", after=shown("", True))]
-    return [Action("file", want.path, detail, want, before=shown(now.content), after=shown(want.content) or "(empty)\n")]
+    return [
+        Action("file", want.path, detail, want, before=shown(now.content), after=shown(want.content) or "(empty)\n")
+    ]
 
 
 def _service(

@@ -1,0 +1,220 @@
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The planners of node_harden: pure, one per kind of state, from desired and observed to steps.
+
+A step belongs to one control; the engine applies the steps of all controls together and reports
+each control by its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Action
+from ansible_collections.censuschat.infra.plugins.module_utils.node.system import PathState
+
+# Read after every other file, so that its lines are the ones that count at boot.
+SYSCTL_FILE = "/etc/sysctl.d/99-zz-censuschat.conf"
+MODPROBE_FILE = "/etc/modprobe.d/censuschat-hardening.conf"
+HEADER = "# Managed by censuschat.infra.node_harden; local changes are overwritten.\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Keys to be set in a text file of `key SEPARATOR value` lines."""
+
+    path: str
+    separator: str
+    values: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Permission:
+    """Ownership, and the most that the mode may allow, of paths (globs allowed)."""
+
+    paths: tuple[str, ...]
+    owner: str = ""
+    groups: tuple[str, ...] = ()
+    mode: int = 0o7777
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """One line of passwd with what shadow says of it; `password` is empty, locked or set."""
+
+    name: str
+    uid: int
+    shell: str
+    password: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """The node as observed for all selected controls at once."""
+
+    container: str = ""
+    kernel: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
+    files: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    permissions: Mapping[str, PathState] = dataclasses.field(default_factory=dict)
+    accounts: tuple[Account, ...] = ()
+
+
+def normal(value: str) -> str:
+    """A kernel value with its white space evened out, as /proc and sysctl.d write it differently."""
+    return " ".join(value.split())
+
+
+def parse_sysctl(text: str) -> dict[str, str]:
+    """The keys of a sysctl.d file."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        line = line.strip()
+        if line and line[0] not in "#;" and "=" in line:
+            key, value = line.split("=", 1)
+            found[key.strip().lstrip("-")] = normal(value)
+    return found
+
+
+def plan_sysctl(desired: Mapping[str, str], facts: Facts) -> list[Action]:
+    """What differs in the file that holds from the next boot, and in the running kernel."""
+    stored = parse_sysctl(facts.files.get(SYSCTL_FILE) or "")
+    actions: list[Action] = []
+    for key, value in desired.items():
+        if stored.get(key) != normal(value):
+            before = f"{key} = {stored[key]}\n" if key in stored else ""
+            actions.append(
+                Action("sysctl_file", key, f"= {normal(value)} at boot", value, before, f"{key} = {normal(value)}\n")
+            )
+        for live in sorted(k for k in facts.kernel if fnmatch.fnmatchcase(k, key)):
+            now = facts.kernel[live]
+            if now != normal(value):
+                actions.append(
+                    Action(
+                        "sysctl", live, f"{now} -> {value}", normal(value), f"{live} = {now}\n", f"{live} = {value}\n"
+                    )
+                )
+    return actions
+
+
+def render_sysctl(desired: Mapping[str, str]) -> str:
+    """The whole sysctl.d file for the union of all controls."""
+    return HEADER + "".join(f"{key} = {normal(value)}\n" for key, value in sorted(desired.items()))
+
+
+def blocked_lines(module: str) -> str:
+    """`install` stops loading by name, `blacklist` loading by alias."""
+    return f"install {module} /bin/false\nblacklist {module}\n"
+
+
+def plan_modules(desired: Sequence[str], facts: Facts) -> list[Action]:
+    """Modules that modprobe would still load, or that are loaded now."""
+    text = facts.files.get(MODPROBE_FILE) or ""
+    actions = [
+        Action("module_file", m, f"{m} is not blocked", m, after=blocked_lines(m))
+        for m in desired
+        if blocked_lines(m) not in text
+    ]
+    return actions + [
+        Action("module", m, f"{m} is loaded", m, "loaded\n", "not loaded\n")
+        for m in desired
+        if m.replace("-", "_") in facts.modules
+    ]
+
+
+def render_modules(desired: Sequence[str]) -> str:
+    """The whole modprobe.d file for the union of all controls."""
+    return HEADER + "".join(blocked_lines(module) for module in sorted(set(desired)))
+
+
+def set_keys(text: str, setting: Setting) -> str:
+    """`text` with each key set once: the first line that sets it is changed, later ones go, a missing one is added."""
+    lines = text.splitlines()
+    for key, value in setting.values.items():
+        wanted = f"{key}{setting.separator}{value}"
+        hits = [i for i, line in enumerate(lines) if _sets(line, key)]
+        if hits and _value(lines[hits[0]], key) == normal(value):
+            wanted = lines[hits[0]]
+        if hits:
+            lines[hits[0]] = wanted
+            for index in reversed(hits[1:]):
+                del lines[index]
+        else:
+            lines.append(wanted)
+    return "\n".join(lines) + "\n"
+
+
+def plan_setting(setting: Setting, facts: Facts) -> list[Action]:
+    """The keys of `setting` that the file does not hold as wanted."""
+    now = facts.files.get(setting.path) or ""
+    actions = []
+    for key, value in setting.values.items():
+        one = Setting(setting.path, setting.separator, {key: value})
+        after = set_keys(now, one)
+        if after != now:
+            held = [line for line in now.splitlines() if _sets(line, key)]
+            before = "".join(f"{line}\n" for line in held)
+            actions.append(
+                Action(
+                    "setting",
+                    f"{setting.path} {key}",
+                    f"{_value(held[0], key) if held else 'unset'} -> {value}",
+                    one,
+                    before,
+                    f"{key}{setting.separator}{value}\n",
+                )
+            )
+    return actions
+
+
+def _sets(line: str, key: str) -> bool:
+    return re.match(rf"\s*{re.escape(key)}(\s|=|$)", line) is not None
+
+
+def _value(line: str, key: str) -> str:
+    rest = line.strip()[len(key) :].strip()
+    return normal(rest[1:] if rest.startswith("=") else rest)
+
+
+def plan_permission(want: Permission, facts: Facts) -> list[Action]:
+    """Paths whose owner, group or mode allows more than wanted; a stricter mode is left alone."""
+    actions = []
+    for path, now in sorted(facts.permissions.items()):
+        if now.kind in ("absent", "link") or not any(fnmatch.fnmatchcase(path, p) for p in want.paths):
+            continue
+        owner = want.owner or now.owner
+        group = now.group if not want.groups or now.group in want.groups else want.groups[0]
+        mode = now.mode & want.mode
+        before = f"{now.owner}:{now.group} {now.mode:04o}"
+        after = f"{owner}:{group} {mode:04o}"
+        if before != after:
+            payload = (owner, group, mode)
+            actions.append(Action("permission", path, f"{before} -> {after}", payload, before + "\n", after + "\n"))
+    return actions
+
+
+def judge_accounts(rules: Mapping[str, bool], facts: Facts) -> list[str]:
+    """Violations that only a person can mend, each a sentence."""
+    found = []
+    if rules.get("only_root_has_uid_0"):
+        for account in facts.accounts:
+            if account.uid == 0 and account.name != "root":
+                found.append(f"account {account.name} has uid 0: give it a uid of its own or remove it")
+    if rules.get("no_empty_passwords"):
+        for account in facts.accounts:
+            if account.password == "empty":
+                found.append(f"account {account.name} has an empty password: lock it with `passwd -l {account.name}`")
+    if rules.get("unique_uids"):
+        uids: dict[int, str] = {}
+        for account in facts.accounts:
+            if account.uid in uids:
+                found.append(f"accounts {uids[account.uid]} and {account.name} share uid {account.uid}")
+            uids.setdefault(account.uid, account.name)
+    if rules.get("system_accounts_have_no_shell"):
+        for account in facts.accounts:
+            no_login = account.shell.endswith(("/nologin", "/false", "/sync"))
+            if 0 < account.uid < 1000 and account.password == "set" and not no_login:
+                found.append(f"system account {account.name} has a password and the shell {account.shell}: lock it")
+    return found

@@ -1,0 +1,353 @@
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The host side of an sshd change: test the candidate, arm the revert, write, reload, confirm or revert.
+
+What is on disk and not yet proven is undone by whichever comes first: the controller, a timer, or the
+next boot. All three run the same script, and one rename decides between them and the confirmation.
+"""
+
+from __future__ import annotations
+
+import glob
+import grp
+import os
+import pwd
+import secrets
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_plan
+from ansible_collections.censuschat.infra.plugins.module_utils.node.sshd_plan import (
+    DROP_IN,
+    DROP_IN_DIRECTORY,
+    MAIN,
+    Login,
+    SshdObserved,
+)
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_host import observe_units
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Action
+from ansible_collections.censuschat.infra.plugins.module_utils.node.system import (
+    Commands,
+    NodeError,
+    PathState,
+    observe_path,
+    write_atomically,
+)
+
+STATE = "/var/lib/censuschat-sshd"
+PENDING = f"{STATE}/pending"
+REVERT = f"{STATE}/revert"
+LAST_REVERT = f"{STATE}/last-revert"
+TIMER = "censuschat-sshd-revert"
+BOOT_UNIT = "/etc/systemd/system/censuschat-sshd-boot-revert.service"
+BOOT_WANT = "/etc/systemd/system/multi-user.target.wants/censuschat-sshd-boot-revert.service"
+_BOOT_TEXT = f"""[Unit]
+Description=Undo an sshd change that nobody proved before the node went down
+Before=ssh.service
+ConditionPathExists={REVERT}
+
+[Service]
+Type=oneshot
+ExecStart=/bin/sh {REVERT}
+"""
+# sshd re-reads its configuration by executing itself anew; it took 20-60 ms on the lab's nodes.
+RELOAD_WAIT_S = 10.0
+
+
+def observe(commands: Commands) -> SshdObserved:
+    """Configuration files and the running state of sshd."""
+    if shutil.which("sshd", path="/usr/sbin:/usr/local/sbin") is None:
+        return SshdObserved(installed=False)
+    paths = [MAIN, DROP_IN_DIRECTORY, *glob.glob(f"{DROP_IN_DIRECTORY}/*.conf"), *glob.glob("/etc/ssh/ssh_host_*_key")]
+    newest = max((observe_path(p) for p in paths), key=lambda state: state.ctime)
+    units = observe_units(["ssh.service", "ssh.socket"], commands)
+    return SshdObserved(
+        installed=True,
+        drop_in=observe_path(DROP_IN, read=True),
+        main=observe_path(MAIN, read=True),
+        service=units["ssh.service"],
+        socket=units["ssh.socket"],
+        newest=newest,
+    )
+
+
+def present_login(user: str) -> Login | None:
+    """The ssh login this process came through, found in its ancestors' environment; None without one."""
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as handle:
+                environment = handle.read().split(b"\0")
+            with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as handle:
+                pid = int(handle.read().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            return None
+        for entry in environment:
+            if entry.startswith(b"SSH_CONNECTION="):
+                client, _client_port, server, port = entry.split(b"=", 1)[1].decode().split()
+                return login_of(user, client, server, int(port))
+    return None
+
+
+def login_of(user: str, client: str, server: str, port: int) -> Login:
+    """The facts of a login that the judgement needs, except its keys, which depend on the configuration."""
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise NodeError(f"login user {user} does not exist on the node") from None
+    groups = []
+    for gid in os.getgrouplist(user, entry.pw_gid):
+        try:
+            groups.append(grp.getgrgid(gid).gr_name)
+        except KeyError:
+            continue
+    return Login(user, tuple(groups), client, server, port)
+
+
+def key_types(user: str, effective: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The types of the keys that `user` may come in with under `effective`."""
+    home = pwd.getpwnam(user).pw_dir
+    found: list[str] = []
+    for pattern in " ".join(effective.get("authorizedkeysfile", [])).split():
+        path = pattern.replace("%h", home).replace("%u", user).replace("%%", "%")
+        try:
+            with open(os.path.join(home, path), encoding="utf-8", errors="replace") as handle:
+                for line in handle:
+                    words = line.split()
+                    if words and not words[0].startswith("#"):
+                        found += [w for w in words if w.startswith(("ssh-", "ecdsa-", "sk-"))][:1]
+        except OSError:
+            continue
+    return tuple(dict.fromkeys(found))
+
+
+def effective_of(config: str, login: Login | None, commands: Commands) -> dict[str, list[str]]:
+    """What sshd makes of the file `config`, for `login` when there is one."""
+    argv = ["/usr/sbin/sshd", "-T", "-f", config]
+    if login is not None:
+        spec = [f"user={login.user}", f"host={login.client}", f"addr={login.client}"]
+        spec += [f"laddr={login.server}", f"lport={login.port}"]
+        argv += ["-C", ",".join(spec)]
+    done = commands.run(argv)
+    if done.code != 0:
+        raise NodeError(f"sshd does not accept the new configuration, nothing was changed: {done.tail(4)}")
+    return sshd_plan.parse_effective(done.out)
+
+
+def prove_candidate(
+    settings: Mapping[str, Any], actions: Sequence[Action], login: Login | None, commands: Commands
+) -> None:
+    """Have sshd read the configuration as it would be, before anything is written.
+
+    Raises NodeError when sshd refuses it, when another file overrules a setting, or when `login` would not
+    get in any more.
+    """
+    os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="censuschat-sshd-") as directory:
+        drop_ins = os.path.join(directory, "sshd_config.d")
+        os.mkdir(drop_ins)
+        for path in glob.glob(f"{DROP_IN_DIRECTORY}/*.conf"):
+            shutil.copy(path, drop_ins)
+        main = observe_path(MAIN, read=True).content or ""
+        for action in actions:
+            if action.kind == "sshd_file" and action.target == MAIN:
+                main = action.payload
+        mine = sshd_plan.render(settings)
+        with open(os.path.join(drop_ins, os.path.basename(DROP_IN)), "w", encoding="utf-8") as handle:
+            handle.write(mine)
+        whole_path = os.path.join(directory, "sshd_config")
+        with open(whole_path, "w", encoding="utf-8") as handle:
+            handle.write(main.replace(f"{DROP_IN_DIRECTORY}/", f"{drop_ins}/"))
+        alone_path = os.path.join(directory, "alone")
+        with open(alone_path, "w", encoding="utf-8") as handle:
+            handle.write(mine)
+        try:
+            whole = effective_of(whole_path, None, commands)
+            alone = effective_of(alone_path, None, commands)
+            for_login = effective_of(whole_path, login, commands) if login else {}
+        except NodeError as error:
+            raise NodeError(
+                str(error).replace(f"{drop_ins}/", f"{DROP_IN_DIRECTORY}/").replace(f"{directory}/", "/etc/ssh/")
+            ) from error
+    other = sshd_plan.overruled(settings, alone, whole)
+    if other:
+        raise NodeError(
+            f"another part of {MAIN} or of {DROP_IN_DIRECTORY} decides first, nothing was changed: {'; '.join(other)}"
+        )
+    if login is not None:
+        known = Login(
+            login.user, login.groups, login.client, login.server, login.port, key_types(login.user, for_login)
+        )
+        problem = sshd_plan.login_problem(for_login, known)
+        if problem:
+            raise NodeError(f"the change would lock out {login.user}, nothing was changed: {problem}")
+
+
+def settle(commands: Commands) -> None:
+    """Deal with an unproven change of an earlier run: refuse while its timer is armed, undo it when it is not."""
+    if not os.path.isdir(PENDING):
+        return
+    if commands.run(["systemctl", "-q", "is-active", f"{TIMER}.timer"]).code == 0:
+        raise NodeError(
+            "an earlier sshd change on this node still waits for its proof and its timer will undo it: "
+            "nothing was changed, run again in a few minutes"
+        )
+    commands.must(["/bin/sh", REVERT], "undoing an sshd change that an earlier run left unproven")
+
+
+def last_revert() -> str:
+    """When a change was last undone for want of proof (UTC, ISO 8601); "" when it never was."""
+    return (observe_path(LAST_REVERT, read=True).content or "").strip()
+
+
+def apply(actions: Sequence[Action], observed: SshdObserved, revert_after_s: int, commands: Commands) -> str:
+    """Arm the revert, write, reload, and wait until sshd runs with the new configuration.
+
+    Returns the token that confirms or reverts the change; "" when no sshd runs, so that nothing can be
+    proven or lost. Any failure here reverts at once and raises NodeError.
+    """
+    writes = [a for a in actions if a.kind == "sshd_file"]
+    running = observed.service.running or observed.by_socket
+    token = secrets.token_hex(8)
+    if running:
+        _arm(writes, token, revert_after_s, commands)
+    try:
+        os.makedirs(DROP_IN_DIRECTORY, mode=0o755, exist_ok=True)
+        for action in writes:
+            now = observe_path(action.target)
+            mode = now.mode if now.kind == "file" else 0o600
+            write_atomically(action.target, action.payload, "root", "root", mode)
+        if observed.service.running:
+            _reload(commands)
+    except (NodeError, OSError) as error:
+        if running:
+            revert(token, commands)
+        raise NodeError(f"the sshd change failed and was undone: {error}") from error
+    return token if running else ""
+
+
+def _arm(writes: Sequence[Action], token: str, revert_after_s: int, commands: Commands) -> None:
+    try:
+        _prepare_revert(writes, token)
+    except (NodeError, OSError) as error:
+        _forget(PENDING)
+        raise NodeError(f"the revert cannot be prepared, so nothing was changed: {error}") from error
+    done = commands.run(
+        [
+            "systemd-run",
+            "--quiet",
+            "--collect",
+            f"--unit={TIMER}",
+            f"--on-active={revert_after_s}s",
+            "--timer-property=AccuracySec=100ms",
+            "/bin/sh",
+            REVERT,
+        ]
+    )
+    if done.code != 0:
+        _forget(PENDING)
+        raise NodeError(f"the revert timer cannot be armed, so nothing was changed: {done.tail(3)}")
+
+
+def _prepare_revert(writes: Sequence[Action], token: str) -> None:
+    os.makedirs(STATE, mode=0o700, exist_ok=True)
+    building = f"{STATE}/building-{token}"
+    os.mkdir(building, 0o700)
+    lines = [
+        "#!/bin/sh",
+        "# Puts back the sshd configuration that stood before a change which nobody proved.",
+        "set -u",
+        f"mv {PENDING} {STATE}/reverting 2>/dev/null || [ -d {STATE}/reverting ] || exit 0",
+    ]
+    for index, action in enumerate(writes):
+        path = shlex.quote(action.target)
+        if observe_path(action.target).kind == "file":
+            shutil.copy2(action.target, f"{building}/{index}")
+            new = shlex.quote(action.target + ".revert")
+            lines.append(f"cp -p {STATE}/reverting/{index} {new} && mv {new} {path}")
+        else:
+            lines.append(f"rm -f {path}")
+    lines += [
+        "if systemctl -q is-active ssh.service; then systemctl reload ssh.service || systemctl restart ssh.service; fi",
+        f"date -u +%FT%TZ > {LAST_REVERT}",
+        f"rm -rf {STATE}/reverting {BOOT_WANT} {BOOT_UNIT} {REVERT}",
+    ]
+    write_atomically(f"{building}/token", token, "root", "root", 0o600)
+    write_atomically(REVERT, "\n".join(lines) + "\n", "root", "root", 0o700)
+    os.replace(building, PENDING)
+    write_atomically(BOOT_UNIT, _BOOT_TEXT, "root", "root", 0o644)
+    os.makedirs(os.path.dirname(BOOT_WANT), mode=0o755, exist_ok=True)
+    if not os.path.lexists(BOOT_WANT):
+        os.symlink(BOOT_UNIT, BOOT_WANT)
+
+
+def _reload(commands: Commands) -> None:
+    before = _listeners(commands)
+    commands.must(["systemctl", "reload", "ssh.service"], "reloading sshd")
+    # A proof taken before sshd has executed itself anew would prove the old configuration.
+    deadline = time.monotonic() + RELOAD_WAIT_S
+    while time.monotonic() < deadline:
+        now = _listeners(commands)
+        if now and not now & before:
+            return
+        time.sleep(0.02)
+    raise NodeError(f"sshd did not come back within {RELOAD_WAIT_S:.0f} s of its reload")
+
+
+def _listeners(commands: Commands) -> frozenset[str]:
+    """The inodes of the sockets that sshd's main process listens on; new ones after each re-execution."""
+    pid = commands.run(["systemctl", "show", "--property=MainPID", "--value", "ssh.service"]).out.strip()
+    inodes = set()
+    listening = set()
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+        for table in ("tcp", "tcp6"):
+            with open(f"/proc/{pid}/net/{table}", encoding="utf-8") as handle:
+                # Columns: sl, local, remote, state (0A is LISTEN), ..., inode.
+                rows = [line.split() for line in handle.readlines()[1:]]
+                listening |= {row[9] for row in rows if row[3] == "0A"}
+    except OSError:
+        return frozenset()
+    return frozenset(inodes & listening)
+
+
+def confirm(token: str, commands: Commands) -> None:
+    """Keep the change: disarm timer and boot unit. NodeError when it was reverted meanwhile."""
+    _check(token)
+    commands.run(["systemctl", "stop", f"{TIMER}.timer"])
+    try:
+        # The same rename as the revert's: one of the two wins.
+        os.replace(PENDING, f"{STATE}/confirmed-{token}")
+    except FileNotFoundError:
+        raise NodeError("the sshd change was undone by its timer before its proof arrived: run again") from None
+    _forget(f"{STATE}/confirmed-{token}")
+
+
+def revert(token: str, commands: Commands) -> None:
+    """Undo the change now; a no-op when the timer already did."""
+    if os.path.isdir(PENDING):
+        _check(token)
+    commands.run(["systemctl", "stop", f"{TIMER}.timer"])
+    if os.path.exists(REVERT):
+        commands.must(["/bin/sh", REVERT], "undoing the sshd change")
+
+
+def _check(token: str) -> None:
+    now: PathState = observe_path(f"{PENDING}/token", read=True)
+    if now.content is None:
+        raise NodeError("the sshd change was undone by its timer before its proof arrived: run again")
+    if now.content != token:
+        raise NodeError("another run has an sshd change pending on this node: wait for it to end")
+
+
+def _forget(backup: str) -> None:
+    shutil.rmtree(backup, ignore_errors=True)
+    for path in (REVERT, BOOT_WANT, BOOT_UNIT):
+        if os.path.lexists(path):
+            os.unlink(path)

@@ -1,0 +1,234 @@
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The pure part of an sshd change: rendering, the plan, and the judgement whether a login survives it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Action, UnitState
+from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError, PathState, shown
+
+MAIN = "/etc/ssh/sshd_config"
+DROP_IN_DIRECTORY = "/etc/ssh/sshd_config.d"
+# sshd takes the first value it reads, so our file has to sort before the others.
+DROP_IN = f"{DROP_IN_DIRECTORY}/00-censuschat.conf"
+INCLUDE = f"Include {DROP_IN_DIRECTORY}/*.conf"
+HEADER = "# Managed by censuschat.infra.sshd_config; local changes are overwritten.\n"
+
+_REPEATED = {"port", "listenaddress", "hostkey", "acceptenv", "setenv", "permitlisten", "permitopen", "subsystem"}
+_COMMAS = {
+    "casignaturealgorithms",
+    "ciphers",
+    "hostbasedacceptedalgorithms",
+    "hostkeyalgorithms",
+    "kexalgorithms",
+    "macs",
+    "pubkeyacceptedalgorithms",
+}
+_STRUCTURE = {"match", "include"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Login:
+    """The login that has to survive: who, from where, to which address and port, with which key types."""
+
+    user: str
+    groups: tuple[str, ...] = ()
+    client: str = ""
+    server: str = ""
+    port: int = 0
+    key_types: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SshdObserved:
+    """sshd's configuration and its running state. `newest` is the configuration file changed last."""
+
+    installed: bool
+    drop_in: PathState = PathState(DROP_IN)
+    main: PathState = PathState(MAIN)
+    service: UnitState = UnitState("ssh.service")
+    socket: UnitState = UnitState("ssh.socket")
+    newest: PathState = PathState(MAIN)
+
+    @property
+    def by_socket(self) -> bool:
+        """Whether each connection gets a new sshd, which reads the configuration by itself."""
+        return self.socket.running and not self.service.running
+
+
+def value_text(value: Any) -> str:
+    """A setting's value as sshd_config writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def lines_of(key: str, value: Any) -> list[str]:
+    """The sshd_config lines of one setting; a list is repeated, joined by commas or by spaces as the key needs."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*", key):
+        raise NodeError(f"sshd settings: {key!r} is not a keyword of sshd_config")
+    if key.lower() in _STRUCTURE:
+        raise NodeError(f"sshd settings: {key} blocks are not settings; this module manages global keywords only")
+    if not isinstance(value, (list, tuple)):
+        values = [value_text(value)]
+    elif key.lower() in _REPEATED:
+        values = [value_text(v) for v in value]
+    else:
+        values = [("," if key.lower() in _COMMAS else " ").join(value_text(v) for v in value)]
+    for text in values:
+        if not text.strip() or "\n" in text:
+            raise NodeError(f"sshd settings: {key} needs a value on one line, not {text!r}")
+    return [f"{key} {text}" for text in values]
+
+
+def render(settings: Mapping[str, Any]) -> str:
+    """The whole drop-in for `settings`; keys that differ only in case are refused."""
+    lowered = [key.lower() for key in settings]
+    twice = sorted({key for key in lowered if lowered.count(key) > 1})
+    if twice:
+        raise NodeError(f"sshd settings: {', '.join(twice)} is given more than once")
+    return HEADER + "".join(
+        f"{line}\n" for key in sorted(settings, key=str.lower) for line in lines_of(key, settings[key])
+    )
+
+
+def includes_drop_ins(main_text: str) -> bool:
+    """Whether the main configuration reads the drop-in directory outside a Match block."""
+    for line in main_text.splitlines():
+        words = line.split()
+        if words and words[0].lower() == "match":
+            return False
+        if words and words[0].lower() == "include":
+            if any(w.strip('"') in (f"{DROP_IN_DIRECTORY}/*.conf", "sshd_config.d/*.conf") for w in words[1:]):
+                return True
+    return False
+
+
+def plan(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
+    """What to write, and whether the running sshd has to read its configuration again."""
+    if not observed.installed:
+        raise NodeError("sshd is not installed: there is nothing to configure; install openssh-server or leave it out")
+    actions = []
+    wanted = render(settings)
+    if observed.drop_in.content != wanted:
+        actions.append(Action("sshd_file", DROP_IN, "content", wanted, shown(observed.drop_in.content), wanted))
+    main = observed.main.content or ""
+    if not includes_drop_ins(main):
+        actions.append(
+            Action("sshd_file", MAIN, "read the drop-ins first", f"{INCLUDE}\n{main}", main, f"{INCLUDE}\n{main}")
+        )
+    if observed.service.running:
+        if actions:
+            actions.append(Action("sshd_reload", "ssh.service", "its configuration changes"))
+        elif observed.newest.ctime > max(observed.service.changed_at, observed.service.active_since):
+            actions.append(
+                Action("sshd_reload", "ssh.service", f"{observed.newest.path} is newer than what sshd last read")
+            )
+    return actions
+
+
+def stale_keys(settings: Mapping[str, Any], observed: SshdObserved) -> list[str]:
+    """The settings that the present drop-in does not hold as wanted."""
+    now = (observed.drop_in.content or "").splitlines()
+    return [key for key, value in settings.items() if any(line not in now for line in lines_of(key, value))]
+
+
+def parse_effective(text: str) -> dict[str, list[str]]:
+    """`sshd -T`: lower-case keyword to its values, one per line."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        key, _separator, value = line.partition(" ")
+        found.setdefault(key.lower(), []).append(value.strip())
+    return found
+
+
+def overruled(
+    settings: Mapping[str, Any], alone: Mapping[str, Sequence[str]], whole: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Settings that some other part of the configuration decides otherwise.
+
+    `alone` is what sshd makes of our file by itself, `whole` of the complete configuration: comparing
+    the two needs no table of how sshd spells its values.
+    """
+    found = []
+    for key in settings:
+        mine, all_of_it = alone.get(key.lower(), []), whole.get(key.lower(), [])
+        if sorted(mine) != sorted(all_of_it):
+            found.append(f"{key} would stay {' '.join(all_of_it) or 'unset'} although {' '.join(mine)} is wanted")
+    return found
+
+
+def login_problem(effective: Mapping[str, Sequence[str]], login: Login) -> str:
+    """Why `login` would not get in under `effective` (as `sshd -T -C` printed it); "" when it would."""
+
+    def one(key: str, default: str) -> str:
+        return (effective.get(key) or [default])[0]
+
+    for pattern in effective.get("denyusers", []):
+        if _user_matches(pattern, login):
+            return f"DenyUsers {pattern} shuts out {login.user}"
+    allowed = effective.get("allowusers", [])
+    if allowed and not any(_user_matches(p, login) for p in allowed):
+        return f"AllowUsers {' '.join(allowed)} does not let {login.user} in"
+    for pattern in effective.get("denygroups", []):
+        if any(_matches(pattern, g) for g in login.groups):
+            return f"DenyGroups {pattern} shuts out {login.user} by its groups"
+    groups = effective.get("allowgroups", [])
+    if groups and not any(_matches(p, g) for p in groups for g in login.groups):
+        return f"AllowGroups {' '.join(groups)} holds none of {login.user}'s groups"
+    if login.user == "root" and one("permitrootlogin", "yes") in ("no", "forced-commands-only"):
+        return f"PermitRootLogin {one('permitrootlogin', 'yes')} shuts out root, who is the login of this run"
+    if one("pubkeyauthentication", "yes") != "yes":
+        return f"PubkeyAuthentication no leaves {login.user} without its key"
+    methods = one("authenticationmethods", "any").split()
+    if "any" not in methods and "publickey" not in methods:
+        return f"AuthenticationMethods {' '.join(methods)} asks {login.user} for more than its key"
+    if one("forcecommand", "none") != "none":
+        return f"ForceCommand {one('forcecommand', 'none')} replaces the commands of {login.user}"
+    if one("chrootdirectory", "none") != "none":
+        return f"ChrootDirectory {one('chrootdirectory', 'none')} locks {login.user} into a part of the node"
+    if one("authorizedkeyscommand", "none") == "none":
+        accepted = one("pubkeyacceptedalgorithms", "").split(",")
+        if not login.key_types:
+            return f"none of AuthorizedKeysFile {one('authorizedkeysfile', '')} holds a key of {login.user}"
+        if accepted != [""] and not any(a in accepted for t in login.key_types for a in algorithms(t)):
+            return f"PubkeyAcceptedAlgorithms takes none of {login.user}'s keys ({', '.join(login.key_types)})"
+    listening = effective.get("listenaddress", [])
+    if login.port and listening and not any(_listens(entry, login) for entry in listening):
+        return (
+            f"sshd would listen on {', '.join(listening)} only, and this run came in at {login.server}:{login.port}: "
+            "first listen on the old and the new port (Port as a list), then point ansible_port at the new one, "
+            "then drop the old one"
+        )
+    return ""
+
+
+def algorithms(key_type: str) -> tuple[str, ...]:
+    """The signature algorithms a key of this type can be used with."""
+    if key_type == "ssh-rsa":
+        return ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")
+    return (key_type,)
+
+
+def _listens(entry: str, login: Login) -> bool:
+    address, _colon, port = entry.rpartition(":")
+    address = address.strip("[]")
+    anywhere = address == "0.0.0.0" if "." in login.server else address == "::"
+    return port == str(login.port) and (anywhere or address == login.server)
+
+
+def _matches(pattern: str, text: str) -> bool:
+    expression = "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in pattern)
+    return re.fullmatch(expression, text) is not None
+
+
+def _user_matches(pattern: str, login: Login) -> bool:
+    user, at, host = pattern.partition("@")
+    if not _matches(user, login.user):
+        return False
+    # A network in CIDR form is left to the live proof: only sshd knows how it sees the client.
+    return not at or "/" in host or _matches(host, login.client)

@@ -1,0 +1,170 @@
+#!/usr/bin/python
+# Copyright: CensusChat platform team
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Thin glue: the selected controls in, one report out."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: node_harden
+short_description: Hold a node to a catalogue of hardening controls in one call
+version_added: 0.1.0
+description:
+  - Takes controls as data, selects those of a profile with the user's own choices, observes all of them on the node at
+    once, applies what differs and reports each control.
+  - Files and what is running are both compared. A kernel value that differs from its file, a service or an sshd that is
+    older than its configuration are findings like any other.
+  - After an apply the node is observed again. A control that still differs is reported as failed.
+  - Controls of the sshd domain go through the same proof and timed revert as M(censuschat.infra.sshd_config).
+  - The choices are checked on the controller, before any node is touched.
+author:
+  - CensusChat platform team (@censuschat)
+options:
+  catalogue:
+    description: Directory on the controller whose C(*.yml) files are lists of controls.
+    type: path
+  profile:
+    description: The profile to hold.
+    type: str
+    choices: [baseline, cis_level1, cis_level2]
+    default: cis_level1
+  include:
+    description: Ids of controls to hold beyond the profile.
+    type: list
+    elements: str
+    default: []
+  exclude:
+    description: Ids of controls not to hold, each with its reason in words.
+    type: dict
+    default: {}
+  overrides:
+    description: Ids of controls with what is to be different in their state.
+    type: dict
+    default: {}
+  own:
+    description: Controls of one's own, in the catalogue's form.
+    type: list
+    elements: dict
+    default: []
+  audit_only:
+    description: Report only. Differences are reported as failed and nothing is changed.
+    type: bool
+    default: false
+  controls:
+    description: Set by the action plugin. The selected controls.
+    type: list
+    elements: dict
+    default: []
+  login_user:
+    description: Set by the action plugin. The user whose ssh login must survive.
+    type: str
+    default: ""
+attributes:
+  action:
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    support: full
+  check_mode:
+    description: Can run in check_mode and return changed status prediction without modifying target.
+    support: full
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
+    support: full
+  platform:
+    description: Target OS/families that can be operated against.
+    support: full
+    platforms: debian
+requirements:
+  - Debian 12 or newer with systemd
+notes:
+  - Needs root on the node (C(become)).
+  - In a container, controls that belong to the machine it shares its kernel with are reported as not applicable.
+"""
+
+EXAMPLES = r"""
+- name: Hold the node to CIS level 1
+  censuschat.infra.node_harden:
+    catalogue: "{{ role_path }}/files/catalogue"
+    profile: cis_level1
+    exclude:
+      sshd_banner: the bastion shows its own banner
+    overrides:
+      sysctl_rp_filter:
+        sysctl:
+          net.ipv4.conf.all.rp_filter: 2
+  become: true
+"""
+
+RETURN = r"""
+controls:
+  description: One entry for each control of the profile, in the catalogue's order.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    id:
+      description: The control's id.
+      type: str
+    title:
+      description: The control's title.
+      type: str
+    domain:
+      description: Its domain.
+      type: str
+    severity:
+      description: Its severity.
+      type: str
+    result:
+      description: V(pass), V(changed), V(failed), V(excluded) or V(not_applicable).
+      type: str
+    detail:
+      description: What differed, what failed, or the reason.
+      type: str
+counts:
+  description: Number of controls by result.
+  returned: always
+  type: dict
+  sample: {"pass": 41, "changed": 0, "failed": 0, "excluded": 1, "not_applicable": 12}
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import Hardening
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
+from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "catalogue": {"type": "path"},
+            "profile": {
+                "type": "str",
+                "choices": ["baseline", "cis_level1", "cis_level2"],
+                "default": "cis_level1",
+            },
+            "include": {"type": "list", "elements": "str", "default": []},
+            "exclude": {"type": "dict", "default": {}},
+            "overrides": {"type": "dict", "default": {}},
+            "own": {"type": "list", "elements": "dict", "default": []},
+            "audit_only": {"type": "bool", "default": False},
+            "controls": {"type": "list", "elements": "dict", "default": []},
+            "login_user": {"type": "str", "default": ""},
+        },
+        supports_check_mode=True,
+    )
+    try:
+        hardening = Hardening(module.params["controls"], module.params["login_user"], Commands())
+        outcome = hardening.run(check=module.check_mode, audit=module.params["audit_only"])
+    except NodeError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(
+        changed=bool(outcome.actions),
+        controls=outcome.results,
+        sshd=outcome.sshd,
+        diff=diff_of(outcome.actions),
+        # The controls are the caller's own data; echoing them would double the answer.
+        invocation={"module_args": {"controls": len(module.params["controls"])}},
+    )
+
+
+if __name__ == "__main__":
+    main()

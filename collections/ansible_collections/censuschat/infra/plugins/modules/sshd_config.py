@@ -1,0 +1,168 @@
+#!/usr/bin/python
+# Copyright: CensusChat platform team
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Thin glue: one phase of an sshd change. The action plugin of the same name runs the phases."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: sshd_config
+short_description: Change sshd's settings without a way to be locked out
+version_added: 0.1.0
+description:
+  - Writes the given global settings into one drop-in of its own and has the running sshd take them.
+  - Before anything is written sshd itself must accept the whole new configuration (C(sshd -T)), no other file may
+    overrule a setting, and the login of this run (user, groups, key, address and port) must survive it.
+  - Then a revert is armed on the node, as a timer and for the next boot, the configuration is written, sshd is reloaded,
+    and the controller opens a new connection that shares nothing with the present one. Only when that connection runs a
+    command is the revert disarmed. When it fails the change is undone at once; when the controller dies the timer
+    undoes it.
+  - What runs is compared too. A configuration that is newer than what sshd last read is a reload, with the same proof.
+  - A check mode run asks sshd about the new configuration in the same way and writes nothing.
+author:
+  - CensusChat platform team (@censuschat)
+options:
+  settings:
+    description:
+      - Keywords of sshd_config(5) with their values. Booleans become V(yes) and V(no). A list is repeated (Port,
+        ListenAddress, HostKey), joined by commas (Ciphers, MACs, KexAlgorithms) or by spaces (AllowUsers), as the keyword
+        needs it.
+      - It is the whole content of the drop-in. C(Match) and C(Include) are refused.
+    type: dict
+    required: true
+  revert_after:
+    description: Seconds after which the node undoes a change that nobody proved, at least 20.
+    type: int
+    default: 60
+  login_user:
+    description: The user whose login must survive. Set by the action plugin to the user of the present ssh connection.
+    type: str
+    default: ""
+  phase:
+    description:
+      - Set by the action plugin. V(apply) plans, and unless in check mode arms, writes and reloads. V(confirm) and
+        V(revert) end a change.
+    type: str
+    choices: [apply, confirm, revert]
+    default: apply
+  token:
+    description: Set by the action plugin. Names the change that V(confirm) and V(revert) end.
+    type: str
+    default: ""
+attributes:
+  action:
+    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    support: full
+  check_mode:
+    description: Can run in check_mode and return changed status prediction without modifying target.
+    support: full
+  diff_mode:
+    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
+    support: full
+  platform:
+    description: Target OS/families that can be operated against.
+    support: full
+    platforms: debian
+requirements:
+  - Debian 12 or newer with systemd and openssh-server
+notes:
+  - Needs root on the node (C(become)).
+  - A changed port is taken when the old one stays beside it; without the present port the change is refused.
+  - Over a connection other than ssh there is no login to prove; the change is kept when sshd comes back from its reload.
+"""
+
+EXAMPLES = r"""
+- name: Let sshd take keys only
+  censuschat.infra.sshd_config:
+    settings:
+      PasswordAuthentication: false
+      PermitRootLogin: false
+      AllowGroups: [ops]
+  become: true
+"""
+
+RETURN = r"""
+actions:
+  description: What was done, or would be done in check mode.
+  returned: always
+  type: list
+  elements: dict
+  contains:
+    kind:
+      description: V(sshd_file) or V(sshd_reload).
+      type: str
+    target:
+      description: The file or unit.
+      type: str
+    detail:
+      description: What is done to it and why.
+      type: str
+token:
+  description: Names a change that waits for its proof.
+  returned: when a change was applied while sshd runs
+  type: str
+proof:
+  description: How the change was proven.
+  returned: when sshd was reloaded
+  type: str
+  sample: a new connection ran a command
+last_revert:
+  description: When a change was last undone on this node for want of proof (UTC).
+  returned: when there was one
+  type: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_host, sshd_plan
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
+from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
+
+
+def apply(module: AnsibleModule, commands: Commands) -> dict:
+    """The first phase; returns the module's result."""
+    settings = module.params["settings"]
+    if module.params["revert_after"] < 20:
+        raise NodeError("revert_after under 20 s leaves no time for the proof")
+    if not module.check_mode:
+        sshd_host.settle(commands)
+    observed = sshd_host.observe(commands)
+    actions = sshd_plan.plan(settings, observed)
+    user = module.params["login_user"]
+    login = sshd_host.present_login(user) if user else None
+    sshd_host.prove_candidate(settings, actions, login, commands)
+    result = {"changed": bool(actions), "actions": [a.public() for a in actions], "diff": diff_of(actions)}
+    if sshd_host.last_revert():
+        result["last_revert"] = sshd_host.last_revert()
+    if actions and not module.check_mode:
+        result["token"] = sshd_host.apply(actions, observed, module.params["revert_after"], commands)
+    return result
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "settings": {"type": "dict", "required": True},
+            "revert_after": {"type": "int", "default": 60},
+            "login_user": {"type": "str", "default": ""},
+            "phase": {"type": "str", "choices": ["apply", "confirm", "revert"], "default": "apply"},
+            "token": {"type": "str", "default": "", "no_log": False},
+        },
+        supports_check_mode=True,
+    )
+    commands = Commands()
+    try:
+        if module.params["phase"] == "confirm":
+            sshd_host.confirm(module.params["token"], commands)
+            result: dict = {"changed": True, "actions": []}
+        elif module.params["phase"] == "revert":
+            sshd_host.revert(module.params["token"], commands)
+            result = {"changed": True, "actions": []}
+        else:
+            result = apply(module, commands)
+    except NodeError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result)
+
+
+if __name__ == "__main__":
+    main()
