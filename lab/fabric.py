@@ -21,6 +21,7 @@ from lab.paths import PREFIX
 from lab.topology import Topology
 
 ROUTER = f"{PREFIX}fabric"
+IN_ROUTER = ("ip", "netns", "exec", ROUTER)
 UPLINK = "censuslab0"
 TABLE = "censuslab"
 #: The machine's own namespace, which has no name.
@@ -85,10 +86,10 @@ def desired(topology: Topology) -> dict[str, Space]:
     for site in topology.sites:
         router_links[site.bridge] = Link(frozenset({f"{site.router}/{site.network.prefixlen}"}), True)
     spaces: dict[str, Space] = {}
-    for name, where, address in [(n.name, n.site, n.address) for n in topology.nodes] + [
+    for name, at, address in [(n.name, n.site, n.address) for n in topology.nodes] + [
         (c.name, c.site, c.address) for c in topology.clients
     ]:
-        site = topology.site(where)
+        site = topology.site(at)
         router_links[port_of(name)] = Link(up=True, master=site.bridge)
         spaces[space_of(name)] = Space(
             {"lo": Link(up=True), "eth0": Link(frozenset({f"{address}/{site.network.prefixlen}"}), True)},
@@ -155,18 +156,15 @@ def plan(topology: Topology, observed: Fabric, cut: Iterable[str] | None = None)
             new.add(name)
             actions.append(Action(f"namespace {name}", ("ip", "netns", "add", name)))
     if ROUTER in new or not observed.spaces[ROUTER].forwarding:
-        actions.append(
-            Action(
-                "forwarding between the sites",
-                ("ip", "netns", "exec", ROUTER, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1"),
-            )
-        )
+        kernel = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
+        actions.append(Action("forwarding between the sites", (*IN_ROUTER, "sysctl", "-q", "-w", *kernel)))
     rules = ruleset(topology)
     if observed.rules != mark(rules):
         # The filter comes before the first link: there is no moment in which the fabric forwards unfiltered.
         keep = "".join(f"add element inet {TABLE} cut {{ {network} }}\n" for network in sorted(observed.cut))
-        text = f"table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{\n  comment \"{mark(rules)}\"\n{rules}}}\n{keep}"
-        actions.append(Action("packet filter", ("ip", "netns", "exec", ROUTER, "nft", "-f", "-"), text))
+        fresh = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
+        text = f'{fresh}table inet {TABLE} {{\n  comment "{mark(rules)}"\n{rules}}}\n{keep}'
+        actions.append(Action("packet filter", (*IN_ROUTER, "nft", "-f", "-"), text))
     if cut is not None:
         actions += plan_cut(topology, observed.cut, cut)
 
@@ -188,13 +186,13 @@ def plan(topology: Topology, observed: Fabric, cut: Iterable[str] | None = None)
     if UPLINK not in machine.links:
         # A veth pair lives and dies together: without this end the other cannot be there.
         rebuilt.add("operator")
-        peer = ("type", "veth", "peer", "name", "operator", "netns", ROUTER)
-        actions.append(Action(f"link {UPLINK} to the machine", ("ip", "link", "add", UPLINK, *peer)))
+        ends = ("type", "veth", "peer", "name", "operator", "netns", ROUTER)
+        actions.append(Action(f"link {UPLINK} to the machine", ("ip", "link", "add", UPLINK, *ends)))
     for name, space in want.items():
         seen = observed.spaces.get(name, Space())
         settings = plan_settings(space, seen, rebuilt if name == ROUTER else set())
         if settings:
-            where = ("-n", name) if name else ()
+            where: tuple[str, ...] = ("-n", name) if name else ()
             what = f"addresses and routes of {name or 'the machine'}"
             actions.append(Action(what, ("ip", *where, "-batch", "-"), "\n".join(settings) + "\n"))
     return actions
@@ -213,7 +211,9 @@ def plan_settings(want: Space, seen: Space, rebuilt: set[str]) -> list[str]:
         if link.up and not have.up:
             lines.append(f"link set {name} up")
     lines += [f"route replace {to} via {via}" for to, via in sorted(want.routes - seen.routes)]
-    lines += [f"route del {to} via {via}" for to, via in sorted(seen.routes) if to == "default" and MACHINE not in want.links and UPLINK not in want.links]
+    if UPLINK not in want.links:
+        # The machine's default route is its own affair; a node's would be a mistake or a test's leftover.
+        lines += [f"route del {to} via {via}" for to, via in sorted(seen.routes) if to == "default"]
     return lines
 
 
@@ -224,7 +224,7 @@ def plan_cut(topology: Topology, observed: frozenset[str], cut: Iterable[str]) -
     lines += [f"delete element inet {TABLE} cut {{ {n} }}" for n in sorted(observed - wanted)]
     if not lines:
         return []
-    return [Action("cut set", ("ip", "netns", "exec", ROUTER, "nft", "-f", "-"), "\n".join(lines) + "\n")]
+    return [Action("cut set", (*IN_ROUTER, "nft", "-f", "-"), "\n".join(lines) + "\n")]
 
 
 def plan_absent(observed: Fabric) -> list[Action]:
@@ -244,7 +244,8 @@ def run(command: Sequence[str], stdin: str = "") -> str:
     """Runs a command; raises FabricError with what it said when it fails."""
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise FabricError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}\n{stdin}".strip())
+        said = done.stderr.strip() or done.stdout.strip()
+        raise FabricError(f"`{' '.join(command)}` failed: {said}\n{stdin}".strip())
     return done.stdout
 
 
@@ -256,8 +257,9 @@ def observe(links: bool = True) -> Fabric:
         spaces[name] = _observe_space(name) if links else Space()
     rules, cut = "", frozenset[str]()
     if ROUTER in names:
-        inside = ("ip", "netns", "exec", ROUTER)
-        listed = subprocess.run((*inside, "nft", "-s", "list", "table", "inet", TABLE), capture_output=True, text=True, check=False).stdout
+        command = (*IN_ROUTER, "nft", "-s", "list", "table", "inet", TABLE)
+        # Without the table (an `up` that was interrupted right here) it says nothing, which is the truth.
+        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         found = re.search(r'^\tcomment "([0-9a-f]+)"$', listed, re.MULTILINE)
         rules = found.group(1) if found else ""
         elements = re.search(r"set cut \{.*?elements = \{(.*?)\}", listed, re.DOTALL)
@@ -267,12 +269,13 @@ def observe(links: bool = True) -> Fabric:
 
 
 def _observe_space(name: str) -> Space:
-    where = ("-n", name) if name else ()
+    where: tuple[str, ...] = ("-n", name) if name else ()
     links = {}
     for item in json.loads(run(("ip", "-j", *where, "addr", "show")) or "[]"):
         if "ifname" not in item or (name == MACHINE and item["ifname"] != UPLINK):
             continue
-        addresses = frozenset(f"{a['local']}/{a['prefixlen']}" for a in item.get("addr_info", []) if a["family"] == "inet")
+        inet = [a for a in item.get("addr_info", []) if a["family"] == "inet"]
+        addresses = frozenset(f"{a['local']}/{a['prefixlen']}" for a in inet)
         links[item["ifname"]] = Link(addresses, "UP" in item.get("flags", []), item.get("master", ""))
     routes = frozenset(
         (r["dst"], r["gateway"])

@@ -86,7 +86,13 @@ MASKED_UNITS = (
     "systemd-udev-trigger.service",
 )
 #: Off until a role turns them on.
-DISABLED_UNITS = ("apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer")
+DISABLED_UNITS = (
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+)
 
 #: Files of the base image: path -> (mode, text).
 BASE_FILES: dict[str, tuple[int, str]] = {
@@ -233,7 +239,8 @@ class Recipe:
     def base_files(self) -> dict[str, tuple[int, str]]:
         address = self.cache.removeprefix("http://").partition(":")[0]
         # Whatever else a node's apt is told to fetch goes to the cache as well, which refuses what is not Debian's.
-        proxy = f'Acquire::http::Proxy "{self.cache}";\nAcquire::https::Proxy "{self.cache}";\nAcquire::http::Proxy::{address} "DIRECT";\n'
+        proxy = "".join(f'Acquire::{scheme}::Proxy "{self.cache}";\n' for scheme in ("http", "https"))
+        proxy += f'Acquire::http::Proxy::{address} "DIRECT";\n'
         return {
             **BASE_FILES,
             "etc/apt/sources.list": (0o644, sources(self.cache, self.security)),
@@ -252,10 +259,12 @@ class Recipe:
         return f"{IMAGES}/{role}:{self.key(role)}"
 
     def containerfile(self, role: str) -> str:
-        return CONTAINERFILE.format(base=self.image("base"), packages=" ".join(ROLE_PACKAGES[role]), role=role)
+        return CONTAINERFILE.format(
+            base=self.image("base"), packages=" ".join(ROLE_PACKAGES[role]), role=role, units=UNITS
+        )
 
 
-# Runs in the new system. policy-rc.d and the preset keep packages from starting or enabling their services here and later.
+# Runs in the new system.
 CONFIGURE = """set -e
 useradd --create-home --shell /bin/bash --password '*' ops
 rm -f /etc/ssh/ssh_host_*
@@ -265,6 +274,7 @@ systemctl enable ssh.service censuschat-lab-identity.service censuschat-lab-kern
 mkdir -p /var/log/journal
 rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb /var/log/bootstrap.log /var/log/dpkg.log /var/log/apt/*
 """
+UNITS = "'etcd*' 'patroni*' 'postgresql*' 'redis*' 'haproxy*'"
 # A golden image has the programs; what runs is the roles' business, so services are neither started nor enabled.
 CONTAINERFILE = """FROM {base}
 RUN set -e; \\
@@ -274,7 +284,8 @@ RUN set -e; \\
     export DEBIAN_FRONTEND=noninteractive; \\
     apt-get update; \\
     apt-get install -y --no-install-recommends {packages}; \\
-    for unit in $(systemctl list-unit-files --state=enabled --no-legend 'etcd*' 'patroni*' 'postgresql*' 'redis*' 'haproxy*' | cut -d' ' -f1); do systemctl disable $unit; done; \\
+    for unit in $(systemctl list-unit-files --state=enabled --no-legend {units} | cut -d' ' -f1); do \\
+      systemctl disable $unit; done; \\
     rm -f /usr/sbin/policy-rc.d /etc/systemd/system-preset/00-censuschat-lab-build.preset; \\
     apt-get clean; rm -rf /var/lib/apt/lists/* /var/log/dpkg.log /var/log/apt/*
 LABEL censuschat.lab.image={role}

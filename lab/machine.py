@@ -56,21 +56,24 @@ class Facts:
     architecture: str = "amd64"
 
 
-def problems(facts: Facts, topology: Topology) -> list[str]:
-    """What stands in the way, one sentence each with what to do; missing programs are not among them: they get installed."""
+def problems(facts: Facts, topology: Topology, resuming: bool = False) -> list[str]:
+    """What stands in the way, one sentence each with what to do. Missing programs do not: they get installed.
+
+    `resuming`: part of the lab is there, so memory and disk that it takes already are not asked for again.
+    """
     found = []
     if not facts.root:
         found.append("The lab needs root (network namespaces, containers with systemd); run it with sudo.")
     if not facts.debian:
         found.append("The lab needs Debian 12 or later (apt, debootstrap); this is another system.")
     need = MEMORY_BASE + sum(MEMORY_NODE[node.role] for node in topology.nodes)
-    if facts.memory_mib < need:
+    if facts.memory_mib < need and not resuming:
         found.append(
             f"The lab of {len(topology.nodes)} nodes needs {need} MiB of free memory, there are {facts.memory_mib}; "
             "free some, or take `lab up --small`."
         )
-    if facts.disk_gib < DISK:
-        found.append(f"The lab needs {DISK} GiB of free disk for images and data, there are {facts.disk_gib}; free some.")
+    if facts.disk_gib < DISK and not resuming:
+        found.append(f"The lab needs {DISK} GiB of free disk, there are {facts.disk_gib}; free some.")
     for route in facts.routes:
         if IPv4Network(route).prefixlen and IPv4Network(route).overlaps(topology.supernet):
             found.append(
@@ -82,13 +85,11 @@ def problems(facts: Facts, topology: Topology) -> list[str]:
 
 def observe(topology: Topology) -> Facts:
     """Looks at the machine; changes nothing."""
-    release = dict(
-        line.partition("=")[::2] for line in _read("/etc/os-release").splitlines() if "=" in line
-    )
+    release = dict(line.partition("=")[::2] for line in _read("/etc/os-release").splitlines() if "=" in line)
     identifier = release.get("ID", "").strip('"')
     version = release.get("VERSION_ID", "").strip('"')
     debian = version if identifier == "debian" and version.isdigit() and int(version) >= 12 else ""
-    available = next((int(line.split()[1]) // 1024 for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable")), 0)
+    available = [line.split()[1] for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable")]
     storage = next(path for path in [Path("/var/lib/containers"), Path("/var/lib")] if path.exists())
     place = cache()
     while not place.exists():
@@ -97,7 +98,7 @@ def observe(topology: Topology) -> Facts:
     routes: list[str] = []
     if shutil.which("ip"):
         for item in json.loads(fabric.run(("ip", "-j", "-4", "route", "show", "table", "all")) or "[]"):
-            if item.get("dev") == fabric.UPLINK or item["dst"] == "default" or item.get("type") in ("broadcast", "multicast"):
+            if item.get("dev") == fabric.UPLINK or item.get("type") in ("broadcast", "multicast"):
                 continue
             with suppress(ValueError):
                 routes.append(str(IPv4Network(item["dst"])))
@@ -113,7 +114,7 @@ def observe(topology: Topology) -> Facts:
         root=os.geteuid() == 0,
         debian=debian,
         missing=tuple(missing),
-        memory_mib=available,
+        memory_mib=int(available[0]) // 1024 if available else 0,
         disk_gib=disk,
         routes=tuple(routes),
         hybrid_cgroups=hybrid,
@@ -165,13 +166,17 @@ def install(packages: tuple[str, ...], log: Path) -> None:
                 ("apt-get", "update"),
                 ("apt-get", "install", "-y", "--no-install-recommends", *packages),
             ):
-                done = subprocess.run(command, stdout=output, stderr=output, env=env, check=False, stdin=subprocess.DEVNULL)
+                done = subprocess.run(
+                    command, stdout=output, stderr=output, env=env, check=False, stdin=subprocess.DEVNULL
+                )
                 if done.returncode != 0 and command[1] == "install":
                     tail = " | ".join(log.read_text(encoding="utf-8").splitlines()[-3:])
                     raise RuntimeError(f"`{' '.join(command)}` failed: {tail}; all of it is in {log}")
             if "apt-cacher-ng" in packages and Path("/run/systemd/system").is_dir():
                 # The lab runs its own, bound to its own network, with its own store.
-                subprocess.run(("systemctl", "disable", "--quiet", "apt-cacher-ng"), check=False, stdin=subprocess.DEVNULL)
+                subprocess.run(
+                    ("systemctl", "disable", "--quiet", "apt-cacher-ng"), check=False, stdin=subprocess.DEVNULL
+                )
     finally:
         if ours:
             policy.unlink(missing_ok=True)
@@ -179,7 +184,7 @@ def install(packages: tuple[str, ...], log: Path) -> None:
 
 @dataclass(frozen=True)
 class Limit:
-    """A kernel setting of the machine that the lab raises: the value to set, and the one to put back (None: leave it)."""
+    """What to do about a kernel setting of the machine: set it, remember what was found, forget that."""
 
     set_to: int | None = None
     remember: int | None = None

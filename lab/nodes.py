@@ -1,8 +1,7 @@
-"""What makes a node this node: its ssh host key, who may log in, the names of the others; and how its container starts."""
+"""What makes a node this node: its ssh host key, who may log in, the others' names; and how its container starts."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from collections.abc import Mapping
@@ -55,7 +54,7 @@ def container(node: Node, image: str, hybrid: bool, files: int, state: Path = ST
         "stop_signal": 37,  # SIGRTMIN+3: systemd shuts down in order
         "stop_timeout": 5,
         "ulimit": [f"nofile={files}:{files}", "nproc=20000:20000"],
-        "tmpfs": {"/run": "rw", "/run/lock": "rw", "/tmp": "rw"},
+        "tmpfs": {"/run": "rw", "/run/lock": "rw", "/tmp": "rw"},  # noqa: S108 (the node's own)
         "label": dict([LABEL.split("=", 1)]),
         "volume": [f"{state}/nodes/{node.name}:{IDENTITY}:ro"]
         + [f"{volume(node.name, path)}:{path}" for path in VOLUMES[node.role]],
@@ -125,7 +124,7 @@ def write(path: Path, text: str) -> list[str]:
         return []
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    fresh.replace(path)
     return [str(path)]
 
 
@@ -144,12 +143,13 @@ def ssh(node: Node, *command: str, state: Path = STATE, user: str = "ops", timeo
 
 
 def wait(nodes: tuple[Node, ...], patience: float = 60.0) -> dict[str, float]:
-    """Waits until each node lets its operator in; returns the seconds each took, raises NodeError for those that do not."""
+    """Waits until each node lets its operator in; returns the seconds each took, raises NodeError naming the silent."""
     began = time.monotonic()
 
     def one(node: Node) -> tuple[str, float, str]:
         while True:
-            done = subprocess.run(ssh(node, "true"), capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+            command = ssh(node, "true")
+            done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
             spent = time.monotonic() - began
             if done.returncode == 0:
                 return node.name, spent, ""

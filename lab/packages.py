@@ -39,7 +39,7 @@ def settings(operator: Operator, mirror: Mirror) -> str:
 
 
 def service(operator: Operator, mirror: Mirror, state: Path = STATE) -> Service:
-    """The cache as a process of an unprivileged user that sees its own store, log and configuration at their usual places.
+    """The cache as a process of an unprivileged user that sees its store, log and configuration at the usual places.
 
     The project's cache directory may lie in a home directory that this user cannot enter, hence the mounts in a
     mount namespace of its own.

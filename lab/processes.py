@@ -58,11 +58,12 @@ def wait(service: Service, state: Path, patience: float) -> None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if process.pid() is None:
-            raise ProcessError(f"{service.name} ended at once: {process.tail(3)}; all of its output is in {process.log_file}")
+            raise ProcessError(f"{service.name} ended at once: {process.tail(3)}; its output is in {process.log_file}")
         with contextlib.suppress(OSError), socket.create_connection(service.address, timeout=1):
             return
         time.sleep(0.1)
-    raise ProcessError(f"{service.name} does not accept at {service.address} after {patience:.0f} s; see {process.log_file}")
+    where = f"{service.address[0]}:{service.address[1]}"
+    raise ProcessError(f"{service.name} does not accept at {where} after {patience:.0f} s; see {process.log_file}")
 
 
 def stop_all(state: Path = STATE) -> list[str]:

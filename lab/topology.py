@@ -131,7 +131,9 @@ def parse(hosts: Mapping[str, Any], networks: Mapping[str, Any]) -> Topology:
         try:
             node = Node(name, values["region"], IPv4Address(values["ansible_host"]), values["zone"], role or "")
         except (KeyError, AddressValueError) as error:
-            raise TopologyError(f"host {name} of the inventory needs region, zone and ansible_host: {error!r}") from error
+            raise TopologyError(
+                f"host {name} of the inventory needs region, zone and ansible_host: {error!r}"
+            ) from error
         if role is None:
             raise TopologyError(f"host {name} of the inventory is in none of the groups {', '.join(ROLES)}")
         nodes.append(node)
@@ -153,7 +155,9 @@ def check(topology: Topology) -> None:
         (c.name, c.site, c.address) for c in topology.clients
     ]:
         if address not in topology.site(where).network:
-            raise TopologyError(f"{name}'s address {address} is not in {where}'s network {topology.site(where).network}")
+            raise TopologyError(
+                f"{name}'s address {address} is not in {where}'s network {topology.site(where).network}"
+            )
         if address in taken:
             raise TopologyError(f"{name} and {taken[address]} both have the address {address}")
         taken[address] = name
@@ -164,15 +168,11 @@ def load(inventory: Path) -> Topology:
     hosts, variables = inventory / "hosts.yml", inventory / "group_vars" / "all" / "main.yml"
     try:
         with hosts.open(encoding="utf-8") as stream:
-            groups = yaml.load(stream, Loader=_LOADER)
+            groups = yaml.safe_load(stream)
         with variables.open(encoding="utf-8") as stream:
-            values = yaml.load(stream, Loader=_LOADER)
+            values = yaml.safe_load(stream)
     except OSError as error:
         raise TopologyError(f"{error.filename} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise TopologyError(f"{inventory} is not valid YAML: {error}") from error
     return parse(groups or {}, (values or {}).get("lab_networks") or {})
-
-
-# The C parser is several times faster; `lab status` should cost next to nothing.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

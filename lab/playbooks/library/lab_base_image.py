@@ -80,7 +80,8 @@ def main() -> None:
         url = f"http://{lab.operator.address}:{lab.operator.packages_port}"
         recipe = images.Recipe(url, bool(mirror.security), machine.architecture())
         roles = sorted({node.role for node in lab.nodes})
-        _, listed, _ = module.run_command(["podman", "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"reference={IMAGES}/*"])
+        listing = ["podman", "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"reference={IMAGES}/*"]
+        _, listed, _ = module.run_command(listing, check_rc=True)
         missing = images.missing(recipe, listed.split(), roles)
         tar = cache() / "images" / f"base-{recipe.key('base')}.tar"
         if "base" in missing and not tar.is_file():

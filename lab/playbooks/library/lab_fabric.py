@@ -75,12 +75,14 @@ monotonic:
   returned: always
 """
 
+import json
 import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
 from lab import fabric, topology
+from lab.paths import STATE
 
 
 def main() -> None:
@@ -115,6 +117,11 @@ def main() -> None:
         if not module.check_mode:
             fabric.apply(actions)
         now = time.monotonic()
+        if only_cut and actions and not module.check_mode:
+            # When a region was lost is what every figure of a fail-over is compared with: keep it beside the ledgers.
+            event = {"t": now, "wall": time.time(), "event": "cut" if given["cut_off"] else "heal", "region": only_cut}
+            with (STATE / "log" / "events.jsonl").open("a", encoding="utf-8") as events:
+                events.write(json.dumps(event) + "\n")
         if cut is None:
             cut = [site.name for site in lab.sites if str(site.network) in observed.cut]
     except (topology.TopologyError, fabric.FabricError) as error:

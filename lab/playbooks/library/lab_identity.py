@@ -12,7 +12,8 @@ author:
   - CensusChat platform team (@censuschat)
 description:
   - Makes the operator's ssh key, a host key for every node, and known_hosts that pins them. What exists is kept.
-  - Returns how each node's container is to be started.
+  - Returns how each node's container is to be made, for those that have none, and which are there but stopped. A node
+    that is there is never made anew, so that nothing of it is lost to a changed recipe.
 attributes:
   check_mode:
     support: full
@@ -59,8 +60,13 @@ actions:
   elements: str
   returned: always
 containers:
-  description: Arguments of containers.podman.podman_container by node.
+  description: Arguments of containers.podman.podman_container by node, for nodes without a container.
   type: dict
+  returned: always
+stopped:
+  description: The containers that are there and do not run.
+  type: list
+  elements: str
   returned: always
 """
 
@@ -68,8 +74,8 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import nodes, topology
-from lab.paths import STATE
+from lab import nodes, report, topology
+from lab.paths import PREFIX, STATE
 
 
 def main() -> None:
@@ -92,11 +98,15 @@ def main() -> None:
             actions = nodes.provide(lab)
     except (topology.TopologyError, nodes.NodeError, OSError) as error:
         module.fail_json(msg=str(error))
+    there = report.containers()
     containers = {
         node.name: nodes.container(node, given["images"][node.role], given["hybrid_cgroups"], given["files"])
         for node in lab.nodes
+        if PREFIX + node.name not in there
     }
-    module.exit_json(changed=bool(actions), actions=actions, containers=containers)
+    own = {PREFIX + node.name for node in lab.nodes}
+    stopped = sorted(name for name, state in there.items() if name in own and state != "running")
+    module.exit_json(changed=bool(actions), actions=actions, containers=containers, stopped=stopped)
 
 
 if __name__ == "__main__":

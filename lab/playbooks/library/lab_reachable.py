@@ -12,6 +12,7 @@ author:
   - CensusChat platform team (@censuschat)
 description:
   - Logs in to every node over ssh with the lab's key and the pinned host keys. Never changes anything.
+  - Nodes of a region that is cut off are not waited for.
 attributes:
   check_mode:
     support: full
@@ -50,13 +51,18 @@ seconds:
   description: How long each node took to answer.
   type: dict
   returned: always
+unseen:
+  description: Nodes of regions that are cut off; whether they answer cannot be seen from the machine.
+  type: list
+  elements: str
+  returned: always
 """
 
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import nodes, topology
+from lab import fabric, nodes, topology
 
 
 def main() -> None:
@@ -72,10 +78,13 @@ def main() -> None:
     try:
         lab = topology.load(Path(given["inventory"]))
         chosen = tuple(lab.node(name) for name in given["nodes"]) or lab.nodes
-        seconds = {} if module.check_mode else nodes.wait(chosen, given["patience"])
-    except (topology.TopologyError, nodes.NodeError) as error:
+        cut = fabric.observe(links=False).cut
+        seen = tuple(node for node in chosen if str(lab.site(node.site).network) not in cut)
+        seconds = {} if module.check_mode else nodes.wait(seen, given["patience"])
+    except (topology.TopologyError, nodes.NodeError, fabric.FabricError) as error:
         module.fail_json(msg=str(error))
-    module.exit_json(changed=False, seconds=seconds)
+    unseen = [node.name for node in chosen if node not in seen]
+    module.exit_json(changed=False, seconds=seconds, unseen=unseen)
 
 
 if __name__ == "__main__":

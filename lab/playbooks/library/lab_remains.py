@@ -63,11 +63,17 @@ def main() -> None:
 
     containers = listed("ps", "-a", "--filter", f"label={LABEL}", "--format", "{{.Names}}")
     volumes = [name for name in listed("volume", "ls", "--format", "{{.Name}}") if name.startswith(PREFIX)]
-    images = listed("images", "--filter", f"reference={IMAGES}/*", "--format", "{{.Repository}}:{{.Tag}}") if module.params["images"] else []
+    images: list[str] = []
+    if module.params["images"]:
+        images = listed("images", "--filter", f"reference={IMAGES}/*", "--format", "{{.Repository}}:{{.Tag}}")
     actions = [f"container {name}" for name in containers] + [f"volume {name}" for name in volumes]
     actions += [f"image {name}" for name in images]
     if not module.check_mode:
-        for command, names in ((["rm", "--force", "--time", "0"], containers), (["volume", "rm", "--force"], volumes), (["rmi", "--force"], images)):
+        for command, names in (
+            (["rm", "--force", "--time", "0"], containers),
+            (["volume", "rm", "--force"], volumes),
+            (["rmi", "--force"], images),
+        ):
             if names:
                 module.run_command(["podman", *command, *names], check_rc=True)
     module.exit_json(changed=bool(actions), actions=actions)

@@ -1,0 +1,66 @@
+"""`lab`: bring the two regions up, look at them, cut them apart, heal them, take them down.
+
+Exit codes: 0 done; 1 a step failed, or (status) the lab is not all up; 2 bad input or something is missing on the
+machine, nothing was touched; 3 another lab command is changing the lab; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_BUSY = 3
+EXIT_INTERRUPTED = 130
+
+
+class Refusal(Exception):
+    """Why nothing was done, in one sentence, with the exit code it means."""
+
+    def __init__(self, reason: str, code: int = EXIT_BAD_INPUT) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. Each verb names its function as MODULE:FUNCTION, imported only when it is run."""
+    top = argparse.ArgumentParser(prog="lab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, does: str, function: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=does, description=does)
+        sub.set_defaults(function=function)
+        return sub
+
+    up = verb("up", "start the lab, or finish starting it; a second time changes nothing", "lab.verbs:up")
+    up.add_argument("--small", action="store_true", help="1 app and 2 db nodes a region, for a laptop")
+    status = verb("status", "show nodes, services and cuts", "lab.verbs:status")
+    status.add_argument("--json", action="store_true", help="the same for programs")
+    down = verb("down", "remove all that the lab made, wherever it was interrupted", "lab.verbs:down")
+    down.add_argument("--images", action="store_true", help="remove the cached node images too")
+    for name, does in (
+        ("cut", "cut a region off from everything outside it, at once and in both directions"),
+        ("heal", "undo a cut"),
+    ):
+        sub = verb(name, does, f"lab.verbs:{name}")
+        sub.add_argument("region", metavar="REGION", help="us-east-1, us-west-2 or witness")
+    restart = verb("restart", "restart a node, which is a reboot to it", "lab.verbs:restart")
+    restart.add_argument("host", metavar="HOST", help="a node's name, e.g. use1-db1")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `lab`; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    module, _, function = arguments.function.partition(":")
+    try:
+        return int(getattr(importlib.import_module(module), function)(arguments))
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return refusal.code
+    except KeyboardInterrupt:
+        print("interrupted; `lab up` resumes, `lab down` removes what is there", file=sys.stderr)
+        return EXIT_INTERRUPTED

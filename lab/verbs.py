@@ -1,0 +1,158 @@
+"""What the verbs of `lab` do: checks first, then the playbook of the verb, with its progress shown."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lab import machine, nodes, topology
+from lab.cli import EXIT_BUSY, EXIT_FAILED, Refusal
+from lab.paths import REPO, STATE
+
+PLAYBOOKS = REPO / "lab" / "playbooks"
+INVENTORIES = {False: REPO / "inventories" / "lab", True: REPO / "inventories" / "lab-small"}
+#: Which inventory the lab was made from.
+RECORD = STATE / "lab.json"
+LOCK = Path("/run/lock/censuschat-lab.lock")
+
+
+def recorded() -> Path | None:
+    """The inventory of the lab that is there, whole or in part; None when there is none."""
+    try:
+        return Path(json.loads(RECORD.read_text(encoding="utf-8"))["inventory"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def current() -> tuple[Path, topology.Topology]:
+    """The inventory and topology of the lab that is there; refuses when there is none."""
+    need_root()
+    inventory = recorded()
+    if inventory is None:
+        raise Refusal("no lab is up; start it with: scripts/run lab up")
+    return inventory, read(inventory)
+
+
+def read(inventory: Path) -> topology.Topology:
+    try:
+        return topology.load(inventory)
+    except topology.TopologyError as error:
+        raise Refusal(str(error)) from error
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        raise Refusal("the lab needs root (network namespaces, containers with systemd); run it with sudo")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Only one command at a time may change the lab; the lock ends with the process, whatever ends it."""
+    with LOCK.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal("another lab command is changing the lab; wait for it to end", EXIT_BUSY) from None
+        yield
+
+
+def play(verb: str, inventory: Path, **variables: str | bool) -> int:
+    """Runs the verb's playbook with progress lines; returns 0, or 1 when a task failed."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
+        "ANSIBLE_FORKS": str(max(4, 2 * (os.cpu_count() or 1))),
+        "CONTAINERS_CONF": str(machine.PODMAN_SETTINGS),
+    }
+    extra = json.dumps({"lab_inventory": str(inventory), **variables})
+    ansible = (sys.executable, "-m", "ansible", "playbook")
+    command = (*ansible, "-i", str(inventory), "-e", extra, str(PLAYBOOKS / f"{verb}.yml"))
+    done = subprocess.run(command, env=environment, check=False, stdin=subprocess.DEVNULL)
+    return EXIT_FAILED if done.returncode else 0
+
+
+def up(arguments: argparse.Namespace) -> int:
+    inventory = INVENTORIES[arguments.small]
+    lab = read(inventory)
+    there = recorded() if os.geteuid() == 0 else None
+    if there is not None and there != inventory:
+        raise Refusal(f"a lab made from {there} is there already; remove it first with: scripts/run lab down")
+    # What a running lab takes itself does not count against it.
+    found = machine.problems(machine.observe(lab), lab, resuming=there is not None)
+    if found:
+        raise Refusal(" ".join(found))
+    with alone():
+        began = time.monotonic()
+        STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
+        nodes.write(RECORD, json.dumps({"inventory": str(inventory)}) + "\n")
+        code = play("up", inventory)
+        if code == 0:
+            print(
+                f"the lab is up: {len(lab.nodes)} nodes, {time.monotonic() - began:.0f} s; see: scripts/run lab status"
+            )
+        else:
+            print(
+                "the lab is not up; `lab up` resumes once the cause is mended, `lab down` removes it", file=sys.stderr
+            )
+        return code
+
+
+def down(arguments: argparse.Namespace) -> int:
+    need_root()
+    with alone():
+        code = play("down", recorded() or INVENTORIES[False], lab_images=arguments.images)
+        if code == 0:
+            images = "its images too" if arguments.images else "its images stay cached (--images removes them)"
+            print(f"the lab is gone; {images}")
+        return code
+
+
+def cut(arguments: argparse.Namespace) -> int:
+    return sever("cut", arguments.region)
+
+
+def heal(arguments: argparse.Namespace) -> int:
+    return sever("heal", arguments.region)
+
+
+def sever(verb: str, region: str) -> int:
+    """Cuts or heals a region."""
+    inventory, lab = current()
+    try:
+        lab.site(region)
+    except topology.TopologyError as error:
+        raise Refusal(str(error)) from error
+    return play(verb, inventory, lab_region=region)
+
+
+def restart(arguments: argparse.Namespace) -> int:
+    inventory, lab = current()
+    try:
+        node = lab.node(arguments.host)
+    except topology.TopologyError as error:
+        raise Refusal(str(error)) from error
+    return play("restart", inventory, lab_host=node.name)
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """0 when every node answers (those in a cut region cannot) and every service runs; 1 otherwise."""
+    need_root()
+    inventory = recorded()
+    if inventory is None:
+        print(json.dumps({"up": False, "inventory": None, "nodes": []}) if arguments.json else "no lab is up")
+        return EXIT_FAILED
+    lab = read(inventory)
+    from lab import report
+
+    state = report.observe(inventory, lab)
+    print(report.as_json(state) if arguments.json else report.as_table(state))
+    return 0 if state.up else EXIT_FAILED
