@@ -1,0 +1,364 @@
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Giving the write lease to a region on an operator's behalf: pure decisions, and the loop that carries them out."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .model import HandOver, LeaseError, LeaseRecord, StoreView, boottime
+
+RENEWALS_TO_REFUSE = 3
+"""Renewals seen while waiting after which the holder counts as alive. One may be an election of the lease store, which
+gives every lease its full time again; three in a row are not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the operator wants. region: who is to hold the lease; wait_s: the longest wait for it, in seconds."""
+
+    state: str
+    region: str
+    ttl_s: float
+    wait_s: float
+    by: str = ""
+    initial: bool = False
+    """Only if nobody ever held the lease (a new environment)."""
+    require_shipped: bool = True
+    epoch_floor: int = 0
+    """Go above this epoch: for a lease store that lost its memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """What the wait has shown so far."""
+
+    elapsed_s: float = 0.0
+    renewals_seen: int = 0
+    last_renewal_age_s: float | None = None
+    remaining_s: float | None = None
+    """Seconds the holder's lease still has, by the store; None when there is none."""
+
+
+# ---- decisions ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TakeIt:
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AskHolder:
+    """Ask the holder to hand over."""
+
+    handover: HandOver
+    lease: LeaseRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """Finish a hand-over whose conditions hold."""
+
+    handover: HandOver
+
+
+@dataclasses.dataclass(frozen=True)
+class Withdraw:
+    """Withdraw a hand-over; with `then`, fail with that message."""
+
+    handover: HandOver
+    then: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wait:
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Refuse:
+    detail: str
+
+
+Decision = Done | TakeIt | AskHolder | Swap | Withdraw | Wait | Refuse
+
+
+def decide(view: StoreView, request: Request, waiting: Waiting) -> Decision:
+    """The next thing to do about the request."""
+    if request.initial and view.epoch is not None:
+        return Done(f"epoch {view.epoch.epoch} exists already, so this is no new environment: nothing is taken")
+    if view.lease is not None and view.lease.epoch <= request.epoch_floor:
+        # Guards that have seen a higher epoch do not renew this one, so it ends by itself.
+        detail = f"{view.lease.region} holds epoch {view.lease.epoch}, not above {request.epoch_floor}"
+        if waiting.elapsed_s >= request.wait_s:
+            return Refuse(
+                f"{detail}, and a guard renews it: is epoch_floor right? 'censuschat-guard status' knows epochs"
+            )
+        return Wait(detail)
+    if request.state == "handed_over":
+        return _decide_handover(view, request, waiting)
+    return _decide_held(view, request, waiting)
+
+
+def _decide_held(view: StoreView, request: Request, waiting: Waiting) -> Decision:
+    lease, handover = view.lease, view.active_handover()
+    if lease is None:
+        last = f"epoch {view.epoch.epoch} of {view.epoch.region} has ended" if view.epoch else "nobody ever held it"
+        return TakeIt(last)
+    if lease.region == request.region:
+        if handover is not None:
+            return Withdraw(handover)
+        return Done(f"{lease.region} holds epoch {lease.epoch}")
+    if waiting.renewals_seen >= RENEWALS_TO_REFUSE:
+        age = "" if waiting.last_renewal_age_s is None else f", last seen {waiting.last_renewal_age_s:.1f} s ago"
+        return Refuse(
+            f"{lease.region} holds the write lease with epoch {lease.epoch} and keeps renewing it "
+            f"({waiting.renewals_seen} renewals in {waiting.elapsed_s:.0f} s{age}): it is alive, and taking its place "
+            f"would make two writers. To move the right to write to {request.region} in a planned way, use "
+            f"state=handed_over region={request.region}. To see why {lease.region} is alive, run "
+            "'censuschat-guard status' on its database nodes."
+        )
+    if waiting.elapsed_s >= request.wait_s:
+        return Refuse(
+            f"{lease.region} still holds the write lease with epoch {lease.epoch} after {waiting.elapsed_s:.0f} s "
+            f"({waiting.remaining_s if waiting.remaining_s is not None else 'unknown'} s left): run this again"
+        )
+    left = "" if waiting.remaining_s is None else f", {waiting.remaining_s:.0f} s left"
+    return Wait(f"{lease.region} holds epoch {lease.epoch}{left}")
+
+
+def _decide_handover(view: StoreView, request: Request, waiting: Waiting) -> Decision:
+    lease, handover = view.lease, view.active_handover()
+    if lease is not None and lease.region == request.region:
+        if handover is not None:
+            return Refuse(
+                f"{lease.region} holds epoch {lease.epoch} and is being handed over to {handover.to}: finish that, or "
+                f"withdraw it with state=held region={lease.region}"
+            )
+        return Done(f"{lease.region} holds epoch {lease.epoch}")
+    if lease is None:
+        if view.epoch is None:
+            return Refuse(f"nobody ever held the write lease: take it with state=held region={request.region}")
+        if view.epoch.region == request.region:
+            return TakeIt(f"epoch {view.epoch.epoch} of {request.region} itself has ended")
+        proven = view.shipped_proof() is not None or not request.require_shipped
+        if handover is not None and handover.to == request.region and proven:
+            return TakeIt(f"epoch {view.epoch.epoch} has ended after its hand-over")
+        return Refuse(
+            f"{view.epoch.region} lost the write lease (epoch {view.epoch.epoch}) without a proof that "
+            f"{request.region} has all its data: there is nobody to hand over. Wait until {view.epoch.region} has it "
+            f"again, or fail over and accept the loss of what was not shipped: state=held region={request.region}"
+        )
+    if handover is None:
+        wanted = HandOver(request.region, lease.epoch, request.by, request.require_shipped)
+        return AskHolder(wanted, lease)
+    if handover.to != request.region:
+        return Refuse(
+            f"{lease.region} is being handed over to {handover.to} already: finish that, or withdraw it with "
+            f"state=held region={lease.region}"
+        )
+    gates = ", ".join(g.node for g in view.open_gates())
+    proven = view.shipped_proof() is not None or not handover.require_shipped
+    if not gates and proven:
+        return Swap(handover)
+    missing = "; ".join(
+        part
+        for part in (
+            f"gates not closed for good yet: {gates}" if gates else "",
+            "" if proven else f"no proof yet that {request.region} has received all data",
+        )
+        if part
+    )
+    if waiting.elapsed_s >= request.wait_s:
+        return Withdraw(
+            handover,
+            f"{lease.region} did not hand over within {request.wait_s:.0f} s ({missing}). The hand-over was withdrawn "
+            f"and {lease.region} goes on with epoch {lease.epoch}. 'censuschat-guard status' on its nodes says what is "
+            "in the way.",
+        )
+    return Wait(missing)
+
+
+# ---- carrying it out ----
+
+
+class Store(Protocol):
+    """What is needed of the lease store."""
+
+    def observe(self) -> StoreView: ...
+    def remaining(self, lease_id: int) -> int: ...
+    def take(
+        self, view: StoreView, region: str, *, ttl_s: float, wall: float, by: str, epoch_floor: int = 0
+    ) -> LeaseRecord: ...
+    def swap(self, view: StoreView, handover: HandOver, *, ttl_s: float, wall: float, by: str) -> LeaseRecord: ...
+    def put_handover(self, handover: HandOver, lease_id: int) -> bool: ...
+    def cancel_handover(self, handover: HandOver) -> bool: ...
+
+
+class RenewalWatch:
+    """Tells from the store's count-down whether a lease is renewed: the count goes up."""
+
+    def __init__(self) -> None:
+        self.lease_id = 0
+        self.seen = 0
+        self.anchor: tuple[float, float] | None = None
+        self.last_seen_at: float | None = None
+
+    def note(self, lease_id: int, remaining_s: float, now: float) -> None:
+        if lease_id != self.lease_id:
+            self.lease_id, self.seen, self.anchor, self.last_seen_at = lease_id, 0, None, None
+        if self.anchor is not None:
+            # The store counts in whole seconds, so a rise of less than that proves nothing.
+            if remaining_s > self.anchor[0] - (now - self.anchor[1]) + 1.5:
+                self.seen += 1
+                self.last_seen_at = now
+                self.anchor = (remaining_s, now)
+        else:
+            self.anchor = (remaining_s, now)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What was done. Times in seconds."""
+
+    changed: bool = False
+    detail: str = ""
+    waited_s: float = 0.0
+    method: str = "already_held"
+    view: StoreView = dataclasses.field(default_factory=StoreView)
+    previous: StoreView = dataclasses.field(default_factory=StoreView)
+    actions: list[str] = dataclasses.field(default_factory=list)
+
+
+def settle(
+    store: Store,
+    request: Request,
+    *,
+    check: bool = False,
+    poll_s: float = 0.5,
+    confirm_s: float = 20.0,
+    clock: Callable[[], float] = boottime,
+    sleep: Callable[[float], Any] = time.sleep,
+) -> Outcome:
+    """Bring the lease to what the request wants. Raises LeaseError (a refusal) or etcd.EtcdError.
+
+    check: decide once and change nothing. confirm_s: how long the region's guards may take, after a change, to open
+    their first gate; a lease that no guard renews would end again by itself.
+    """
+    began = clock()
+    watch = RenewalWatch()
+    outcome = Outcome(previous=store.observe())
+    view = outcome.previous
+    while True:
+        waiting = _look_at(store, view, watch, began, clock())
+        decision = decide(view, request, waiting)
+        outcome.detail, outcome.view = _text(decision, request), view
+        if isinstance(decision, Done):
+            break
+        if isinstance(decision, Refuse):
+            raise LeaseError(decision.detail)
+        if check:
+            outcome.changed = True
+            outcome.actions.append(outcome.detail)
+            return outcome
+        if isinstance(decision, Wait):
+            sleep(poll_s)
+        else:
+            outcome.changed = True
+            outcome.actions.append(outcome.detail)
+            if _carry_out(store, decision, view, request):
+                outcome.method = _method(outcome.previous, decision)
+                outcome.waited_s = round(clock() - began, 2)
+        view = store.observe()
+    if outcome.changed and view.lease is not None:
+        outcome.view = _confirmed(store, view, confirm_s=confirm_s, poll_s=poll_s, clock=clock, sleep=sleep)
+    return outcome
+
+
+def _look_at(store: Store, view: StoreView, watch: RenewalWatch, began: float, now: float) -> Waiting:
+    remaining = None
+    if view.lease is not None:
+        remaining = float(max(0, store.remaining(view.lease.lease_id)))
+        watch.note(view.lease.lease_id, remaining, now)
+    age = None if watch.last_seen_at is None else now - watch.last_seen_at
+    return Waiting(now - began, watch.seen, age, remaining)
+
+
+def _carry_out(store: Store, decision: Decision, view: StoreView, request: Request) -> bool:
+    """Whether the lease changed its holder."""
+    wall = time.time()
+    match decision:
+        case TakeIt():
+            store.take(
+                view, request.region, ttl_s=request.ttl_s, wall=wall, by=request.by, epoch_floor=request.epoch_floor
+            )
+            return True
+        case Swap(handover):
+            store.swap(view, handover, ttl_s=request.ttl_s, wall=wall, by=request.by)
+            return True
+        case AskHolder(handover, lease):
+            store.put_handover(handover, lease.lease_id)
+        case Withdraw(handover, then):
+            withdrawn = store.cancel_handover(handover)
+            if then and withdrawn:
+                raise LeaseError(then)
+        case _:
+            pass
+    return False
+
+
+def _method(previous: StoreView, decision: Decision) -> str:
+    if previous.epoch is None:
+        return "never_held"
+    return "handed_over" if isinstance(decision, Swap) else "expired"
+
+
+def _text(decision: Decision, request: Request) -> str:
+    match decision:
+        case TakeIt(detail):
+            return f"take the lease for {request.region} ({detail})"
+        case AskHolder(handover, lease):
+            return f"ask {lease.region} to hand epoch {lease.epoch} over to {handover.to}"
+        case Swap(handover):
+            return f"give the lease to {handover.to}: all gates are closed and everything was received"
+        case Withdraw(handover, _):
+            return f"withdraw the hand-over to {handover.to}"
+        case Wait(detail):
+            return f"wait: {detail}"
+        case Done(detail) | Refuse(detail):
+            return detail
+
+
+def _confirmed(
+    store: Store,
+    view: StoreView,
+    *,
+    confirm_s: float,
+    poll_s: float,
+    clock: Callable[[], float],
+    sleep: Callable[[float], Any],
+) -> StoreView:
+    end = clock() + confirm_s
+    taken = view.lease
+    while taken is not None:
+        if view.lease is not None and view.open_gates():
+            return view
+        if view.lease is None or view.lease.epoch != taken.epoch or clock() >= end:
+            break
+        sleep(poll_s)
+        view = store.observe()
+    epoch = taken.epoch if taken else 0
+    region = taken.region if taken else ""
+    raise LeaseError(
+        f"{region} was given the write lease with epoch {epoch}, but none of its guards has renewed it within "
+        f"{confirm_s:.0f} s. The lease ends by itself and nobody writes. Run 'censuschat-guard status' and "
+        f"'journalctl -u censuschat-guard' on {region}'s database nodes, then run this again."
+    )
