@@ -2,6 +2,8 @@
 # Times a bare pg_promote: a PostgreSQL 15 primary and a caught-up standby of their own, beside the lab's database,
 # on unix sockets only. Prints psql's "Time: … ms" last.
 set -eu
+# Ansible's temporary files are root's alone: hand the script over as standard input.
+[ "$(id -u)" != 0 ] || exec runuser -u postgres -- sh -s <"$0"
 bin=/usr/lib/postgresql/15/bin
 work=$(mktemp -d)
 cd "$work"
