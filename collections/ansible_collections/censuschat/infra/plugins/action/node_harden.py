@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import yaml
+from ansible.module_utils.common.yaml import yaml_load
 from ansible.plugins.action import ActionBase
 from ansible_collections.censuschat.infra.plugins.module_utils.node import controls as model
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError
@@ -86,7 +87,7 @@ def _documents(directory: str | None, own: list[Any]) -> list[tuple[str, Any]]:
         for path in paths:
             with open(path, encoding="utf-8") as handle:
                 try:
-                    documents.append((os.path.basename(path), yaml.load(handle, Loader=_LOADER)))
+                    documents.append((os.path.basename(path), yaml_load(handle)))
                 except yaml.YAMLError as error:
                     raise NodeError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if own:
@@ -106,6 +107,3 @@ def _report(
         elif control.id in outcomes:
             report.append({**about, **outcomes[control.id]})
     return report
-
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

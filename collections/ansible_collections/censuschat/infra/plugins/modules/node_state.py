@@ -16,10 +16,14 @@ description:
     active. The restart therefore cannot be lost by a run that was interrupted between the file and the restart.
   - Packages never start their daemons while they are being installed. A service runs when the state says so.
   - A check mode run returns the plan that an apply would carry out, on a bare host too. The exception is what a package
-    brings with itself (accounts, units), which is known only after its installation; validation commands are run at apply.
+    brings with itself (accounts, units), which is known only after its installation; validation commands run at
+    apply.
 author:
   - CensusChat platform team (@censuschat)
 options:
+  hostname:
+    description: The host's name, in the kernel and for the next boot. Left as it is when not given.
+    type: str
   packages:
     description: Debian packages.
     type: dict
@@ -177,12 +181,15 @@ options:
         elements: path
         default: []
       reload_on:
-        description: Paths whose change, later than the service's last change of state, means a reload unless it is restarted.
+        description:
+          - Paths whose change, later than the service's last change of state, means a reload unless it
+            is restarted.
         type: list
         elements: path
         default: []
       masked:
-        description: Whether it is masked, and so stopped. A masked service that is to be enabled or started is unmasked.
+        description:
+          - Whether it is masked, and so stopped. A masked service that is to be enabled or started is unmasked.
         type: bool
         default: false
 attributes:
@@ -231,7 +238,7 @@ actions:
   elements: dict
   contains:
     kind:
-      description: One of package, group, user, directory, file, link, absent, systemd, service.
+      description: One of package, hostname, group, user, directory, file, link, absent, systemd, service.
       type: str
     target:
       description: The package, account, path or unit.
@@ -244,6 +251,9 @@ actions:
       target: haproxy.service
       detail: "reload: /etc/haproxy/haproxy.cfg changes"
 """
+
+import os
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_host import Executor, observe
@@ -260,7 +270,7 @@ class StateModule(AnsibleModule):
         self.log(f"node_state: files {paths}, services {[s['name'] for s in self.params['services']]}")
 
 
-def attributed(**options: dict) -> dict:
+def attributed(**options: dict[str, Any]) -> dict[str, Any]:
     """The options of something with a path, an owner, a group and a mode."""
     return {
         "path": {"type": "str", "required": True},
@@ -270,7 +280,7 @@ def attributed(**options: dict) -> dict:
     }
 
 
-def listed(kind: str, options: dict | None = None) -> dict:
+def listed(kind: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """An option that is a list, empty by default."""
     return {"type": "list", "elements": kind, "default": [], **({"options": options} if options else {})}
 
@@ -278,6 +288,7 @@ def listed(kind: str, options: dict | None = None) -> dict:
 def main() -> None:
     module = StateModule(
         argument_spec={
+            "hostname": {"type": "str"},
             "packages": {
                 "type": "dict",
                 "default": {},
@@ -328,6 +339,8 @@ def main() -> None:
     for entry in module.params["files"]:
         if entry["secret"] and entry["content"]:
             module.no_log_values.add(entry["content"])
+    # What programs create on the way gets its usual mode, whatever the login's umask is.
+    os.umask(0o022)
     commands = Commands()
     executor = None
     try:

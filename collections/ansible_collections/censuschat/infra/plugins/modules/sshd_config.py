@@ -13,10 +13,10 @@ description:
   - Writes the given global settings into one drop-in of its own and has the running sshd take them.
   - Before anything is written sshd itself must accept the whole new configuration (C(sshd -T)), no other file may
     overrule a setting, and the login of this run (user, groups, key, address and port) must survive it.
-  - Then a revert is armed on the node, as a timer and for the next boot, the configuration is written, sshd is reloaded,
-    and the controller opens a new connection that shares nothing with the present one. Only when that connection runs a
-    command is the revert disarmed. When it fails the change is undone at once; when the controller dies the timer
-    undoes it.
+  - Then a revert is armed on the node, as a timer and for the next boot, the configuration is written, sshd is
+    reloaded, and the controller opens a new connection that shares nothing with the present one. Only when that
+    connection runs a command is the revert disarmed. When it fails the change is undone at once; when the controller
+    dies the timer undoes it.
   - What runs is compared too. A configuration that is newer than what sshd last read is a reload, with the same proof.
   - A check mode run asks sshd about the new configuration in the same way and writes nothing.
 author:
@@ -25,8 +25,8 @@ options:
   settings:
     description:
       - Keywords of sshd_config(5) with their values. Booleans become V(yes) and V(no). A list is repeated (Port,
-        ListenAddress, HostKey), joined by commas (Ciphers, MACs, KexAlgorithms) or by spaces (AllowUsers), as the keyword
-        needs it.
+        ListenAddress, HostKey), joined by commas (Ciphers, MACs, KexAlgorithms) or by spaces (AllowUsers), as the
+        keyword needs it.
       - It is the whole content of the drop-in. C(Match) and C(Include) are refused.
     type: dict
     required: true
@@ -51,7 +51,8 @@ options:
     default: ""
 attributes:
   action:
-    description: Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
+    description:
+      - Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
     support: full
   check_mode:
     description: Can run in check_mode and return changed status prediction without modifying target.
@@ -68,7 +69,8 @@ requirements:
 notes:
   - Needs root on the node (C(become)).
   - A changed port is taken when the old one stays beside it; without the present port the change is refused.
-  - Over a connection other than ssh there is no login to prove; the change is kept when sshd comes back from its reload.
+  - Over a connection other than ssh there is no login to prove; the change is kept when sshd comes back from its
+    reload.
 """
 
 EXAMPLES = r"""
@@ -112,13 +114,15 @@ last_revert:
   type: str
 """
 
+from typing import Any
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_host, sshd_plan
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
 
 
-def apply(module: AnsibleModule, commands: Commands) -> dict:
+def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
     """The first phase; returns the module's result."""
     settings = module.params["settings"]
     if module.params["revert_after"] < 20:
@@ -153,7 +157,7 @@ def main() -> None:
     try:
         if module.params["phase"] == "confirm":
             sshd_host.confirm(module.params["token"], commands)
-            result: dict = {"changed": True, "actions": []}
+            result: dict[str, Any] = {"changed": True, "actions": []}
         elif module.params["phase"] == "revert":
             sshd_host.revert(module.params["token"], commands)
             result = {"changed": True, "actions": []}

@@ -37,6 +37,12 @@ DOMAINS = (
 )
 # What a control's state may be made of; each has its planner in harden_plan or, for sshd, in sshd_plan.
 STATE_KEYS = ("accounts", "blocked_modules", "node", "permissions", "settings", "sshd", "sysctl")
+_ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "applies_to": PLATFORMS,
+    "domain": DOMAINS,
+    "profiles": PROFILES,
+    "severity": SEVERITIES,
+}
 _REQUIRED = ("id", "title", "rationale", "references", "domain", "severity", "profiles", "applies_to", "state")
 _OPTIONAL = ("side_effects", "requires_path")
 _ID = re.compile(r"^[a-z][a-z0-9_]+$")
@@ -73,13 +79,11 @@ class Control:
             raise NodeError(f"{name} has unknown keys: {', '.join(unknown)}")
         if not _ID.match(str(data["id"])):
             raise NodeError(f"{name}: an id is lower-case letters, digits and underscores")
-        for key, allowed in (("profiles", PROFILES), ("applies_to", PLATFORMS)):
-            wrong = [value for value in data[key] if value not in allowed]
+        for key, allowed in _ALLOWED.items():
+            given = data[key] if isinstance(data[key], list) else [data[key]]
+            wrong = [str(value) for value in given if value not in allowed]
             if wrong:
-                raise NodeError(f"{name}: {key} can hold {', '.join(allowed)}, not {', '.join(map(str, wrong))}")
-        for key, allowed in (("domain", DOMAINS), ("severity", SEVERITIES)):
-            if data[key] not in allowed:
-                raise NodeError(f"{name}: {key} is one of {', '.join(allowed)}, not {data[key]}")
+                raise NodeError(f"{name}: {key} knows {', '.join(allowed)}, not {', '.join(wrong)}")
         check_state(data["state"], name)
         return Control(
             id=data["id"],

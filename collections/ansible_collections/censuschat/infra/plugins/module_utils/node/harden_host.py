@@ -327,26 +327,31 @@ def observe_modules() -> frozenset[str]:
 
 def observe_accounts() -> tuple[Account, ...]:
     """All local accounts, with whether their password is empty, locked or set."""
-    hashes: dict[str, str] = {}
+    shadow: dict[str, list[str]] = {}
     with open("/etc/shadow", encoding="utf-8") as handle:
         for line in handle:
-            name, value = line.split(":", 2)[:2]
-            hashes[name] = value
+            entry = line.rstrip("\n").split(":")
+            shadow[entry[0]] = entry
     accounts = []
     with open("/etc/passwd", encoding="utf-8") as handle:
         for line in handle:
             fields = line.rstrip("\n").split(":")
             if len(fields) == 7:
-                value = hashes.get(fields[0], "*")
-                password = "empty" if not value else "locked" if value[0] in "!*" else "set"
-                accounts.append(Account(fields[0], int(fields[2]), fields[6], password))
+                entry = shadow.get(fields[0], [fields[0], "*", "", "", ""])
+                secret = harden_plan.EMPTY if not entry[1] else harden_plan.SET
+                secret = harden_plan.LOCKED if entry[1][:1] in ("!", "*") else secret
+                days = int(entry[4]) if entry[4].isdigit() else harden_plan.NEVER_DAYS
+                lasts = days if days < harden_plan.NEVER_DAYS else None
+                accounts.append(Account(fields[0], int(fields[2]), fields[6], secret, lasts))
     return tuple(accounts)
 
 
 def _union(desired: Iterable[Desired]) -> Desired:
     """All controls' node states as one, to be observed in one go."""
     items = list(desired)
-    lists = {name: tuple(dict.fromkeys(x for d in items for x in getattr(d, name))) for name in _NODE_LISTS}
+    lists: dict[str, Any] = {
+        name: tuple(dict.fromkeys(x for d in items for x in getattr(d, name))) for name in _NODE_LISTS
+    }
     return Desired(
         packages_present=tuple(dict.fromkeys(p for d in items for p in d.packages_present)),
         packages_absent=tuple(dict.fromkeys(p for d in items for p in d.packages_absent)),

@@ -18,6 +18,9 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 # Read after every other file, so that its lines are the ones that count at boot.
 SYSCTL_FILE = "/etc/sysctl.d/99-zz-censuschat.conf"
 MODPROBE_FILE = "/etc/modprobe.d/censuschat-hardening.conf"
+EMPTY, LOCKED, SET = "empty", "locked", "set"
+# shadow(5): what useradd writes for "never".
+NEVER_DAYS = 99999
 HEADER = "# Managed by censuschat.infra.node_harden; local changes are overwritten.\n"
 
 
@@ -42,12 +45,16 @@ class Permission:
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """One line of passwd with what shadow says of it; `password` is empty, locked or set."""
+    """One line of passwd with what shadow says of it.
+
+    `secret` is empty, locked or set; `max_days` is how long it lasts, None when it does not expire.
+    """
 
     name: str
     uid: int
     shell: str
-    password: str
+    secret: str
+    max_days: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +77,7 @@ def normal(value: str) -> str:
 def parse_sysctl(text: str) -> dict[str, str]:
     """The keys of a sysctl.d file."""
     found: dict[str, str] = {}
-    for line in text.splitlines():
-        line = line.strip()
+    for line in map(str.strip, text.splitlines()):
         if line and line[0] not in "#;" and "=" in line:
             key, value = line.split("=", 1)
             found[key.strip().lstrip("-")] = normal(value)
@@ -204,7 +210,7 @@ def judge_accounts(rules: Mapping[str, bool], facts: Facts) -> list[str]:
                 found.append(f"account {account.name} has uid 0: give it a uid of its own or remove it")
     if rules.get("no_empty_passwords"):
         for account in facts.accounts:
-            if account.password == "empty":
+            if account.secret == EMPTY:
                 found.append(f"account {account.name} has an empty password: lock it with `passwd -l {account.name}`")
     if rules.get("unique_uids"):
         uids: dict[int, str] = {}
@@ -215,6 +221,13 @@ def judge_accounts(rules: Mapping[str, bool], facts: Facts) -> list[str]:
     if rules.get("system_accounts_have_no_shell"):
         for account in facts.accounts:
             no_login = account.shell.endswith(("/nologin", "/false", "/sync"))
-            if 0 < account.uid < 1000 and account.password == "set" and not no_login:
+            if 0 < account.uid < 1000 and account.secret == SET and not no_login:
                 found.append(f"system account {account.name} has a password and the shell {account.shell}: lock it")
+    if rules.get("key_logins_do_not_expire"):
+        for account in facts.accounts:
+            if account.uid >= 1000 and account.secret == LOCKED and account.max_days is not None:
+                found.append(
+                    f"account {account.name} logs in by key, and PAM will refuse it {account.max_days} days after its "
+                    f"last password change: run `chage -M -1 {account.name}`"
+                )
     return found

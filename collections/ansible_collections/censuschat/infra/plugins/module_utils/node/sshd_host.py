@@ -60,12 +60,11 @@ RELOAD_WAIT_S = 10.0
 def observe(commands: Commands) -> SshdObserved:
     """Configuration files and the running state of sshd."""
     if shutil.which("sshd", path="/usr/sbin:/usr/local/sbin") is None:
-        return SshdObserved(installed=False)
+        raise NodeError("sshd is not installed: there is nothing to configure; install openssh-server or leave it out")
     paths = [MAIN, DROP_IN_DIRECTORY, *glob.glob(f"{DROP_IN_DIRECTORY}/*.conf"), *glob.glob("/etc/ssh/ssh_host_*_key")]
     newest = max((observe_path(p) for p in paths), key=lambda state: state.ctime)
     units = observe_units(["ssh.service", "ssh.socket"], commands)
     return SshdObserved(
-        installed=True,
         drop_in=observe_path(DROP_IN, read=True),
         main=observe_path(MAIN, read=True),
         service=units["ssh.service"],

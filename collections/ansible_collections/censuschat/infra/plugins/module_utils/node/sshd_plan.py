@@ -47,12 +47,11 @@ class Login:
 class SshdObserved:
     """sshd's configuration and its running state. `newest` is the configuration file changed last."""
 
-    installed: bool
-    drop_in: PathState = PathState(DROP_IN)
-    main: PathState = PathState(MAIN)
-    service: UnitState = UnitState("ssh.service")
-    socket: UnitState = UnitState("ssh.socket")
-    newest: PathState = PathState(MAIN)
+    drop_in: PathState
+    main: PathState
+    service: UnitState
+    socket: UnitState
+    newest: PathState
 
     @property
     def by_socket(self) -> bool:
@@ -102,16 +101,14 @@ def includes_drop_ins(main_text: str) -> bool:
         words = line.split()
         if words and words[0].lower() == "match":
             return False
-        if words and words[0].lower() == "include":
-            if any(w.strip('"') in (f"{DROP_IN_DIRECTORY}/*.conf", "sshd_config.d/*.conf") for w in words[1:]):
-                return True
+        ours = [w for w in words[1:] if w.strip('"') in (f"{DROP_IN_DIRECTORY}/*.conf", "sshd_config.d/*.conf")]
+        if ours and words[0].lower() == "include":
+            return True
     return False
 
 
 def plan(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
     """What to write, and whether the running sshd has to read its configuration again."""
-    if not observed.installed:
-        raise NodeError("sshd is not installed: there is nothing to configure; install openssh-server or leave it out")
     actions = []
     wanted = render(settings)
     if observed.drop_in.content != wanted:
@@ -217,7 +214,7 @@ def algorithms(key_type: str) -> tuple[str, ...]:
 def _listens(entry: str, login: Login) -> bool:
     address, _colon, port = entry.rpartition(":")
     address = address.strip("[]")
-    anywhere = address == "0.0.0.0" if "." in login.server else address == "::"
+    anywhere = address == ("0.0.0.0" if "." in login.server else "::")  # noqa: S104 (read from sshd, not bound to)
     return port == str(login.port) and (anywhere or address == login.server)
 
 

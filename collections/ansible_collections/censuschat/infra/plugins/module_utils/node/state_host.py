@@ -43,7 +43,11 @@ LISTS_FRESH_S = 3600
 _POLICY = "/usr/sbin/policy-rc.d"
 # A package's first installation must not start its daemon with the default configuration: the state
 # starts it when its files are there. Restarts at an upgrade are let through.
-_POLICY_TEXT = '#!/bin/sh\n# censuschat.infra.node_state, for the time of an installation\ncase " $* " in *" start "*) exit 101;; esac\nexit 0\n'
+_POLICY_TEXT = """#!/bin/sh
+# censuschat.infra.node_state, for the time of an installation
+case " $* " in *" start "*) exit 101;; esac
+exit 0
+"""
 
 
 def observe(desired: Desired, commands: Commands) -> Observed:
@@ -60,6 +64,7 @@ def observe(desired: Desired, commands: Commands) -> Observed:
         if path not in looked:
             looked[path] = observe_path(path)
     return Observed(
+        hostnames=(os.uname().nodename, (observe_path("/etc/hostname", read=True).content or "").strip()),
         installed=installed_packages([*desired.packages_present, *desired.packages_absent], commands),
         groups=frozenset(g.gr_name for g in grp.getgrall()),
         users=observe_users(desired),
@@ -101,7 +106,7 @@ def timestamp(text: str) -> float:
     if not text or text == "n/a":
         return 0.0
     moment = datetime.datetime.strptime(text.split(" ", 1)[1], "%Y-%m-%d %H:%M:%S.%f UTC")
-    return moment.replace(tzinfo=datetime.timezone.utc).timestamp()
+    return moment.replace(tzinfo=datetime.UTC).timestamp()
 
 
 def parse_units(names: Sequence[str], text: str) -> dict[str, UnitState]:
@@ -110,7 +115,7 @@ def parse_units(names: Sequence[str], text: str) -> dict[str, UnitState]:
     if len(blocks) != len(names):
         raise NodeError(f"systemctl show answered {len(blocks)} units where {len(names)} were asked")
     units: dict[str, UnitState] = {}
-    for name, block in zip(names, blocks):
+    for name, block in zip(names, blocks, strict=True):
         said = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
         units[name] = UnitState(
             name=name,
@@ -196,6 +201,10 @@ class Executor:
                 )
         elif isinstance(item, Link):
             link_atomically(item.path, item.target)
+        elif action.kind == "hostname":
+            if observe_path("/etc/hostname", read=True).content != f"{item}\n":
+                write_atomically("/etc/hostname", f"{item}\n", "root", "root", 0o644)
+            self.commands.must(["hostname", str(item)], f"naming the host {item}")
         elif action.kind == "absent":
             remove_path(action.target)
         elif action.kind == "systemd":

@@ -12,6 +12,7 @@ from typing import Any
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError, PathState
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?$")
+_HOSTNAME = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$")
 _UNIT = re.compile(r"^[A-Za-z0-9:_.\\@-]+\.(service|socket|timer|target|path|mount|slice)$")
 
 
@@ -68,6 +69,7 @@ class Service:
 
 @dataclasses.dataclass(frozen=True)
 class Desired:
+    hostname: str = ""
     packages_present: tuple[str, ...] = ()
     packages_absent: tuple[str, ...] = ()
     groups: tuple[Group, ...] = ()
@@ -83,6 +85,7 @@ class Desired:
         """Read the module's parameters; NodeError names the first entry that makes no sense."""
         packages = params.get("packages") or {}
         desired = Desired(
+            hostname=params.get("hostname") or "",
             packages_present=tuple(packages.get("present") or ()),
             packages_absent=tuple(packages.get("absent") or ()),
             groups=tuple(Group(g["name"], bool(g.get("system"))) for g in params.get("groups") or ()),
@@ -136,6 +139,8 @@ class Desired:
         return desired
 
     def _check(self) -> None:
+        if self.hostname and not _HOSTNAME.match(self.hostname):
+            raise NodeError(f"hostname {self.hostname!r} is not a host name of letters, digits, hyphens and dots")
         for name in (*self.packages_present, *self.packages_absent):
             if not _NAME.match(name):
                 raise NodeError(f"packages: {name!r} is not a Debian package name")
@@ -189,8 +194,12 @@ class UnitState:
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """The node as it is, for the names and paths that the desired state speaks of."""
+    """The node as it is, for the names and paths that the desired state speaks of.
 
+    `hostnames` are the kernel's and the one that the next boot takes from its file.
+    """
+
+    hostnames: tuple[str, str] = ("", "")
     installed: frozenset[str] = frozenset()
     groups: frozenset[str] = frozenset()
     users: Mapping[str, UserState] = dataclasses.field(default_factory=dict)

@@ -25,6 +25,9 @@ def plan(desired: Desired, observed: Observed) -> list[Action]:
     """The actions that bring `observed` to `desired`; an empty list when nothing is to be done."""
     actions = _packages(desired, observed)
     installing = any(a.kind == "package" and a.detail == "install" for a in actions)
+    if desired.hostname and set(observed.hostnames) != {desired.hostname}:
+        now = " / ".join(dict.fromkeys(observed.hostnames))
+        actions.append(Action("hostname", desired.hostname, f"is {now}", desired.hostname, before=f"{now}\n"))
     actions += _accounts(desired, observed)
     contents = [a for d in desired.directories for a in _directory(d, observed.path(d.path))]
     contents += [a for f in desired.files for a in _file(f, observed.path(f.path))]

@@ -64,8 +64,7 @@ class Commands:
                 text=True,
                 errors="replace",
                 stdin=subprocess.DEVNULL if stdin is None else None,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                capture_output=True,
             )
         except FileNotFoundError:
             return Completed(127, "", f"{argv[0]}: command not found")
