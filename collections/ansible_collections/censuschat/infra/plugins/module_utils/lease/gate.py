@@ -141,18 +141,21 @@ class Gate:
     """
 
     def __init__(
-        self, rules: GateRules, kernel_after_s: float, memory: pathlib.Path, nft: Callable[..., str] | None = None
+        self,
+        rules: GateRules,
+        kernel_after_s: float,
+        memory: pathlib.Path,
+        runner: Callable[[Sequence[str], str], str] = run,
     ) -> None:
         self.rules = rules
         self.kernel_after_s = kernel_after_s
         self.memory = memory
-        self._nft = nft or self._run_nft
+        self._runner = runner
         self._fingerprint = ""
         self._next = 1
 
-    @staticmethod
-    def _run_nft(*arguments: str, text: str = "") -> str:
-        return run(("nft", *arguments), text)
+    def _nft(self, *arguments: str, text: str = "") -> str:
+        return self._runner(("nft", *arguments), text)
 
     def _shape(self) -> str:
         """Fingerprint of the table without its elements; empty when there is no table."""
@@ -237,7 +240,7 @@ class Gate:
         """
         terms = [f"sport = :{self.rules.port}"]
         terms += [f"not dst {_ss_address(peer)}" for peer in self.rules.peers]
-        run(("ss", "-H", "-K", "-t", "-n", " and ".join(terms)))
+        self._runner(("ss", "-H", "-K", "-t", "-n", " and ".join(terms)), "")
 
 
 def _ss_address(peer: str) -> str:
