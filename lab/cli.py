@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -49,7 +50,33 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("region", metavar="REGION", help="us-east-1, us-west-2 or witness")
     restart = verb("restart", "restart a node, which is a reboot to it", "lab.verbs:restart")
     restart.add_argument("host", metavar="HOST", help="a node's name, e.g. use1-db1")
+    _probe(verbs)
     return top
+
+
+def _probe(verbs: Any) -> None:
+    """`probe` and its verbs."""
+    probe = verbs.add_parser(
+        "probe", help="clients that write through everything and keep ledgers of what they were told"
+    )
+    actions = probe.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, does: str) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = actions.add_parser(name, help=does, description=does)
+        sub.set_defaults(function=f"lab.probe:{name}")
+        return sub
+
+    start = action("start", "start clients in the background: those outside, or inside regions, or all")
+    start.add_argument("--inside", action="append", default=[], metavar="REGION", help="only clients inside REGION")
+    start.add_argument("--all", action="store_true", help="outside and inside every region")
+    start.add_argument("--rate", type=float, default=10.0, help="writes per second of each client (10)")
+    start.add_argument("--keep", action="store_true", help="go on with the ledgers that are there")
+    action("stop", "end the clients")
+    action("readback", "ask the service which acknowledged writes it holds, and note it in the ledgers")
+    figures = action("figures", "what the ledgers say")
+    figures.add_argument("--json", action="store_true", help="the same for programs")
+    figures.add_argument("--start", type=float, metavar="T", help="from T on, seconds of CLOCK_MONOTONIC")
+    figures.add_argument("--end", type=float, metavar="T", help="up to T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
