@@ -337,3 +337,10 @@ def missing(recipe: Recipe, present: Iterable[str], roles: Sequence[str]) -> lis
     if wanted and recipe.image("base") not in have:
         wanted.insert(0, "base")
     return wanted
+
+
+def superseded(recipe: Recipe, present: Iterable[str], used: Iterable[str]) -> list[str]:
+    """Images of older recipes that no container uses any more; roles before their base."""
+    keep = {recipe.image(role) for role in ("base", *ROLE_PACKAGES)} | set(used)
+    old = [image for image in present if image not in keep]
+    return sorted(old, key=lambda image: (image.startswith(f"{IMAGES}/base:"), image))

@@ -54,29 +54,44 @@ def need_root() -> None:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Only one command at a time may change the lab; the lock ends with the process, whatever ends it."""
+def alone(patience: float = 60.0) -> Iterator[int]:
+    """Only one command at a time may change the lab; gives the lock's file descriptor.
+
+    The playbook's process holds the lock too, so that one whose `lab` was killed is waited for (`patience` seconds)
+    instead of being raced.
+    """
     with LOCK.open("w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal("another lab command is changing the lab; wait for it to end", EXIT_BUSY) from None
-        yield
+        deadline, said = time.monotonic() + patience, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise Refusal("another lab command is still changing the lab; try again later", EXIT_BUSY) from None
+                if not said:
+                    print("another lab command is changing the lab; waiting for it to end", file=sys.stderr)
+                said = True
+                time.sleep(0.2)
+        yield file.fileno()
 
 
-def play(verb: str, inventory: Path, **variables: str | bool) -> int:
+def play(verb: str, inventory: Path, lock: int | None = None, **variables: str | bool) -> int:
     """Runs the verb's playbook with progress lines; returns 0, or 1 when a task failed."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "ANSIBLE_CONFIG": str(PLAYBOOKS / "ansible.cfg"),
         "ANSIBLE_FORKS": str(max(4, 2 * (os.cpu_count() or 1))),
-        "CONTAINERS_CONF": str(machine.PODMAN_SETTINGS),
     }
+    if verb == "up" or machine.PODMAN_SETTINGS.exists():
+        # `up` writes them before its first use of podman.
+        environment["CONTAINERS_CONF"] = str(machine.PODMAN_SETTINGS)
     extra = json.dumps({"lab_inventory": str(inventory), **variables})
     ansible = (sys.executable, "-m", "ansible", "playbook")
     command = (*ansible, "-i", str(inventory), "-e", extra, str(PLAYBOOKS / f"{verb}.yml"))
-    done = subprocess.run(command, env=environment, check=False, stdin=subprocess.DEVNULL)
+    kept = () if lock is None else (lock,)
+    done = subprocess.run(command, env=environment, check=False, stdin=subprocess.DEVNULL, pass_fds=kept)
     return EXIT_FAILED if done.returncode else 0
 
 
@@ -90,11 +105,11 @@ def up(arguments: argparse.Namespace) -> int:
     found = machine.problems(machine.observe(lab), lab, resuming=there is not None)
     if found:
         raise Refusal(" ".join(found))
-    with alone():
+    with alone() as lock:
         began = time.monotonic()
         STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
         nodes.write(RECORD, json.dumps({"inventory": str(inventory)}) + "\n")
-        code = play("up", inventory)
+        code = play("up", inventory, lock)
         if code == 0:
             print(
                 f"the lab is up: {len(lab.nodes)} nodes, {time.monotonic() - began:.0f} s; see: scripts/run lab status"
@@ -108,8 +123,9 @@ def up(arguments: argparse.Namespace) -> int:
 
 def down(arguments: argparse.Namespace) -> int:
     need_root()
-    with alone():
-        code = play("down", recorded() or INVENTORIES[False], lab_images=arguments.images)
+    # An `up` that was killed may still be making an image; nothing of it may come after the removal.
+    with alone(patience=300) as lock:
+        code = play("down", INVENTORIES[False], lock, lab_images=arguments.images)
         if code == 0:
             images = "its images too" if arguments.images else "its images stay cached (--images removes them)"
             print(f"the lab is gone; {images}")

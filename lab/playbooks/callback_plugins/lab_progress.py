@@ -33,29 +33,32 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # Ansible has no type
         self._title = ""
         self._began = 0.0
         self._done: list[str] = []
+        self._skipped = self._failed = False
         self._ended = threading.Event()
 
     def _finish(self) -> None:
         """Closes the line of the step before."""
         self._ended.set()
+        if self._skipped and not self._done and not self._failed:
+            self._say("    nothing to do")
         if self._title and self._done:
             hosts = f" on {len(self._done)} nodes" if len(self._done) > 1 else ""
             self._say(f"    done{hosts} in {time.monotonic() - self._began:.1f} s")
-        self._title, self._done = "", []
+        self._title, self._done, self._skipped, self._failed = "", [], False, False
 
     def _say(self, text: str) -> None:
         print(text, flush=True)
 
-    def _tick(self, title: str, ended: threading.Event) -> None:
+    def _tick(self, ended: threading.Event) -> None:
         while not ended.wait(10):
-            self._say(f"    still at it, {time.monotonic() - self._began:.0f} s ({title})")
+            self._say(f"    still at it, {time.monotonic() - self._began:.0f} s")
 
     def v2_playbook_on_task_start(self, task: Any, is_conditional: bool) -> None:
         self._finish()
         self._title, self._began = task.get_name().strip(), time.monotonic()
         self._ended = threading.Event()
         self._say(f"==> {self._title}")
-        threading.Thread(target=self._tick, args=(self._title, self._ended), daemon=True).start()
+        threading.Thread(target=self._tick, args=(self._ended,), daemon=True).start()
 
     def v2_runner_on_ok(self, result: Any) -> None:
         self._done.append(result.host.get_name())
@@ -69,10 +72,11 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # Ansible has no type
         self._say(f"    {item}: {time.monotonic() - self._began:.0f} s")
 
     def v2_runner_on_skipped(self, result: Any) -> None:
-        self._say("    nothing to do")
+        self._skipped = True
 
     def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         self._ended.set()
+        self._failed = True
         message = result.result.get("msg") or result.result.get("stderr") or "failed"
         print(f"error: {self._title}, {result.host.get_name()}: {message}", file=sys.stderr, flush=True)
 

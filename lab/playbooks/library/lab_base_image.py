@@ -11,8 +11,9 @@ version_added: 0.1.0
 author:
   - CensusChat platform team (@censuschat)
 description:
-  - Says which images the lab needs and which are missing, and makes the tar of the base by debootstrap from the mirror
-    of the machine's own apt, through the lab's package cache. The tar is kept in the project's cache and imported.
+  - Says which images the lab needs and which are missing, and removes those of older recipes that no node uses.
+  - Makes the tar of the base by debootstrap from the mirror of the machine's own apt, through the lab's package cache,
+    and imports it. The tar is kept in the project's cache.
 attributes:
   check_mode:
     support: full
@@ -82,6 +83,12 @@ def main() -> None:
         roles = sorted({node.role for node in lab.nodes})
         listing = ["podman", "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"reference={IMAGES}/*"]
         _, listed, _ = module.run_command(listing, check_rc=True)
+        _, used, _ = module.run_command(["podman", "ps", "--all", "--format", "{{.Image}}"], check_rc=True)
+        for image in images.superseded(recipe, listed.split(), used.split()):
+            actions.append(f"remove {image}")
+            if not module.check_mode:
+                # Not forced: a base stays while a role's image of the same age still stands on it.
+                module.run_command(["podman", "rmi", image])
         missing = images.missing(recipe, listed.split(), roles)
         tar = cache() / "images" / f"base-{recipe.key('base')}.tar"
         if "base" in missing and not tar.is_file():

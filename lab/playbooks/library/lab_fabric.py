@@ -27,9 +27,8 @@ attributes:
     description: The machine that runs the lab.
 options:
   inventory:
-    description: The inventory directory that describes the lab.
+    description: The inventory directory that describes the lab. Not needed for O(state=absent).
     type: path
-    required: true
   state:
     description: C(present) builds the network and keeps the cut set unless O(cut) is given; C(absent) removes it.
     type: str
@@ -88,7 +87,7 @@ from lab.paths import STATE
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "inventory": {"type": "path", "required": True},
+            "inventory": {"type": "path"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
             "cut": {"type": "list", "elements": "str"},
             "cut_off": {"type": "str"},
@@ -99,9 +98,17 @@ def main() -> None:
     )
     given = module.params
     try:
-        lab = topology.load(Path(given["inventory"]))
         only_cut = given["cut_off"] or given["heal"]
         observed = fabric.observe(links=not only_cut)
+        if given["state"] == "absent":
+            actions = fabric.plan_absent(observed)
+            if not module.check_mode:
+                fabric.apply(actions)
+            done = [action.what for action in actions]
+            module.exit_json(changed=bool(actions), actions=done, cut=[], monotonic=time.monotonic())
+        if not given["inventory"]:
+            module.fail_json(msg="inventory is needed to build, cut or heal the network")
+        lab = topology.load(Path(given["inventory"]))
         cut = given["cut"]
         if only_cut:
             if fabric.ROUTER not in observed.spaces:
@@ -109,9 +116,6 @@ def main() -> None:
             names = {site.name for site in lab.sites if str(site.network) in observed.cut}
             cut = sorted((names | {given["cut_off"]}) if given["cut_off"] else (names - {lab.site(given["heal"]).name}))
             actions = fabric.plan_cut(lab, observed.cut, cut)
-        elif given["state"] == "absent":
-            actions = fabric.plan_absent(observed)
-            cut = []
         else:
             actions = fabric.plan(lab, observed, cut)
         if not module.check_mode:

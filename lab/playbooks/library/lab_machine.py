@@ -27,9 +27,8 @@ attributes:
     description: The machine that runs the lab.
 options:
   inventory:
-    description: The inventory directory that describes the lab.
+    description: The inventory directory that describes the lab. Needed for O(state=present).
     type: path
-    required: true
   state:
     description: Whether the lab is to live here.
     type: str
@@ -71,9 +70,10 @@ from lab.paths import STATE
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "inventory": {"type": "path", "required": True},
+            "inventory": {"type": "path"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
+        required_if=[("state", "present", ["inventory"])],
         supports_check_mode=True,
     )
     actions: list[str] = []

@@ -11,8 +11,8 @@ version_added: 0.1.0
 author:
   - CensusChat platform team (@censuschat)
 description:
-  - Removes, in one podman call each, every container with the lab's label and every volume with its prefix, whatever
-    inventory they were made from. Nothing else is touched.
+  - Removes, in one podman call each, every container with the lab's label or of its images, and every volume with its
+    prefix, whatever inventory they were made from. Nothing else is touched.
 attributes:
   check_mode:
     support: full
@@ -61,7 +61,12 @@ def main() -> None:
         _, out, _ = module.run_command(["podman", *command], check_rc=True)
         return [line for line in out.split() if line]
 
-    containers = listed("ps", "-a", "--filter", f"label={LABEL}", "--format", "{{.Names}}")
+    containers = listed("ps", "--all", "--filter", f"label={LABEL}", "--format", "{{.Names}}")
+    # What the build of an image leaves behind when it is killed has no label, but stands on an image of ours.
+    for line in listed("ps", "--all", "--external", "--format", "{{.ID}}={{.Image}}={{.Names}}"):
+        identifier, image, name = line.split("=", 2)
+        if image.startswith(f"{IMAGES}/") and name not in containers:
+            containers.append(identifier)
     volumes = [name for name in listed("volume", "ls", "--format", "{{.Name}}") if name.startswith(PREFIX)]
     images: list[str] = []
     if module.params["images"]:

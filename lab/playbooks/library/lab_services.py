@@ -26,9 +26,8 @@ attributes:
     description: The machine that runs the lab.
 options:
   inventory:
-    description: The inventory directory that describes the lab.
+    description: The inventory directory that describes the lab. Needed for O(state=present).
     type: path
-    required: true
   state:
     description: Whether they are to run.
     type: str
@@ -62,9 +61,10 @@ from lab.background import BackgroundError
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "inventory": {"type": "path", "required": True},
+            "inventory": {"type": "path"},
             "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
         },
+        required_if=[("state", "present", ["inventory"])],
         supports_check_mode=True,
     )
     try:
