@@ -46,6 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.FAILED
+    except Exception as error:
+        print(f"error: {_fault(error)}", file=sys.stderr)
+        return errors.FAILED
+
+
+def _fault(error: Exception) -> Problem:
+    """A fault of the program itself: its details go into a file, the person gets a sentence."""
+    import traceback
+
+    from runbooks.journal import state_home
+
+    path = state_home() / "fault.txt"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.touch(mode=0o600)
+    path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return Problem(
+        f"The runbook engine itself failed ({type(error).__name__}: {error}); the details are in {path}",
+        next_command="runbook status",
+    )
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -79,7 +98,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     command.set_defaults(command=_abort)
 
     for name, function, text in (
-        ("status", _status, "one run, step by step"), ("report", _report, "measure again and write the report of a run")
+        ("status", _status, "one run, step by step"),
+        ("report", _report, "measure again and write the report of a run"),
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("run", metavar="RUN", nargs="?", help="its id or a part of it (default: latest)")
@@ -108,7 +128,9 @@ def _flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
     for parameter in definition.load(name).parameters.values():
         choices = f" ({', '.join(map(str, parameter.choices))})" if isinstance(parameter.choices, list) else ""
         parser.add_argument(
-            f"--{parameter.name.replace('_', '-')}", dest=f"parameter_{parameter.name}", metavar=parameter.type.upper(),
+            f"--{parameter.name.replace('_', '-')}",
+            dest=f"parameter_{parameter.name}",
+            metavar=parameter.type.upper(),
             help=(parameter.title + choices).replace("%", "%%"),
         )
 
@@ -139,14 +161,19 @@ def _show(arguments: argparse.Namespace) -> int:
     print(f"{runbook.name}: {runbook.title}\n")
     print(textwrap.fill(runbook.purpose, 100))
     print(f"\nOwner: {runbook.owner}    Severity: {runbook.severity}\n\nParameters:")
-    _columns([
-        (f"  {p.name}", p.type, "required" if p.required else _default(p), p.title) for p in runbook.parameters.values()
-    ])
+    _columns(
+        [
+            (f"  {p.name}", p.type, "required" if p.required else _default(p), p.title)
+            for p in runbook.parameters.values()
+        ]
+    )
     print("\nSteps:")
-    _columns([
-        (f"  {s.id}", f"{s.budget_s:g} s", s.title, "touches " + (", ".join(s.touches) or "nothing"))
-        for s in runbook.steps
-    ])
+    _columns(
+        [
+            (f"  {s.id}", f"{s.budget_s:g} s", s.title, "touches " + (", ".join(s.touches) or "nothing"))
+            for s in runbook.steps
+        ]
+    )
     return errors.OK
 
 
@@ -331,10 +358,16 @@ def _runs(arguments: argparse.Namespace) -> int:
         with journals.opened(each) as journal:
             for run in journal.runs():
                 state = journal.state(run)
-                rows.append({
-                    "run": run, "runbook": state.runbook, "environment": state.environment, "who": state.who,
-                    "started": state.started, "state": _shown_state(journal, state),
-                })
+                rows.append(
+                    {
+                        "run": run,
+                        "runbook": state.runbook,
+                        "environment": state.environment,
+                        "who": state.who,
+                        "started": state.started,
+                        "state": _shown_state(journal, state),
+                    }
+                )
     rows.sort(key=lambda row: row["started"])
     if arguments.json:
         print(json.dumps(rows, indent=1))

@@ -18,7 +18,10 @@ SHIPPED = Path(__file__).parent / "definitions"
 SCHEMA = Path(__file__).parent / "definition.schema.json"
 
 PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
 }
 
 
@@ -126,11 +129,16 @@ def load(name: str) -> Definition:
     _check(data, path)
     base = path.resolve().parent
     definition = Definition(
-        name=data["name"], title=data["title"], purpose=" ".join(data["purpose"].split()), owner=data["owner"],
+        name=data["name"],
+        title=data["title"],
+        purpose=" ".join(data["purpose"].split()),
+        owner=data["owner"],
         severity=data["severity"],
         parameters={key: _parameter(key, value, base) for key, value in data["parameters"].items()},
-        reach=_reach(data["reach"]), targets=data.get("targets", {}),
-        steps=tuple(_step(step, base) for step in data["steps"]), path=path,
+        reach=_reach(data["reach"]),
+        targets=data.get("targets", {}),
+        steps=tuple(_step(step, base) for step in data["steps"]),
+        path=path,
     )
     playbooks = [s.playbook for s in definition.steps]
     playbooks += [p.default_from.playbook for p in definition.parameters.values() if p.default_from]
@@ -176,15 +184,25 @@ def _reach(items: list[dict[str, Any]]) -> tuple[Reach, ...]:
 def _parameter(name: str, data: dict[str, Any], base: Path) -> Parameter:
     source = data.get("default_from")
     return Parameter(
-        name, data["title"], data["type"], data.get("choices"), data.get("default"),
-        None if source is None else
-        DefaultFrom((base / source["playbook"]).resolve(), source["output"], _reach(source["reach"])),
+        name,
+        data["title"],
+        data["type"],
+        data.get("choices"),
+        data.get("default"),
+        None
+        if source is None
+        else DefaultFrom((base / source["playbook"]).resolve(), source["output"], _reach(source["reach"])),
     )
 
 
 def _step(data: dict[str, Any], base: Path) -> Step:
     budget = float(data["budget_s"])
     return Step(
-        data["id"], data["title"], (base / data["playbook"]).resolve(), budget,
-        float(data.get("timeout_s", max(10 * budget, 120.0))), tuple(data["touches"]), data.get("gate", False),
+        data["id"],
+        data["title"],
+        (base / data["playbook"]).resolve(),
+        budget,
+        float(data.get("timeout_s", max(10 * budget, 120.0))),
+        tuple(data["touches"]),
+        data.get("gate", False),
     )

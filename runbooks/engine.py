@@ -213,11 +213,17 @@ def start(request: Request, session: Session) -> tuple[RunState, int]:
     """Run from the first step; the run's final state and the exit code. Raises Refused when another run was faster."""
     journal = Journal(request.environment.state_directory, request.environment.name)
     try:
-        journal.begin(request.run, {
-            "runbook": request.definition.name, "environment": request.environment.name,
-            "inventory": str(request.environment.path), "parameters": request.parameters,
-            "steps": [step.id for step in request.definition.steps], "left_out": request.left_out,
-        })
+        journal.begin(
+            request.run,
+            {
+                "runbook": request.definition.name,
+                "environment": request.environment.name,
+                "inventory": str(request.environment.path),
+                "parameters": request.parameters,
+                "steps": [step.id for step in request.definition.steps],
+                "left_out": request.left_out,
+            },
+        )
         remember(request.environment.name, journal.directory)
         return _go(request, journal, session)
     finally:
@@ -296,10 +302,18 @@ def _steps(request: Request, journal: Journal, session: Session) -> tuple[RunOut
         began = time.monotonic()
         result = _step(request, step, following, {**request.variables(), **outputs}, session)
         elapsed = time.monotonic() - began
-        journal.append("step_finished", step.id, {
-            "outcome": result.outcome, "elapsed_s": round(elapsed, 3), "outputs": result.outputs, "says": result.says,
-            "changed": result.changed, "failures": result.failures,
-        })
+        journal.append(
+            "step_finished",
+            step.id,
+            {
+                "outcome": result.outcome,
+                "elapsed_s": round(elapsed, 3),
+                "outputs": result.outputs,
+                "says": result.says,
+                "changed": result.changed,
+                "failures": result.failures,
+            },
+        )
         session.progress.end(step, result, elapsed)
         outputs = {**outputs, **result.outputs}
         if result.outcome == "interrupted":
@@ -313,9 +327,7 @@ def _steps(request: Request, journal: Journal, session: Session) -> tuple[RunOut
     return "interrupted", errors.INTERRUPTED, f"stopped by {session.stop.asked or 'the loss of its lock'}"
 
 
-def _step(
-    request: Request, step: Step, following: Step | None, variables: dict[str, Any], session: Session
-) -> Result:
+def _step(request: Request, step: Step, following: Step | None, variables: dict[str, Any], session: Session) -> Result:
     process = session.warm.take(step.playbook, step.timeout_s)
     if following is not None:
         session.warm.warm(following.playbook, following.timeout_s)

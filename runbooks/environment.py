@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,20 +53,23 @@ class Environment:
         self.path = path.resolve()
         init_plugin_loader()
         self._loader = DataLoader()
+        warnings = io.StringIO()
         try:
-            self._inventory = InventoryManager(loader=self._loader, sources=[str(self.path)])
+            # Ansible explains a broken inventory in warnings, one a plugin that it tried.
+            with contextlib.redirect_stderr(warnings):
+                self._inventory = InventoryManager(loader=self._loader, sources=[str(self.path)])
             self._variables = VariableManager(loader=self._loader, inventory=self._inventory)
             hosts = self._inventory.get_hosts("all")
             self._raw: Mapping[str, Any] = self._variables.get_vars(host=hosts[0]) if hosts else {}
         except AnsibleError as error:
+            reason = next((line for line in warnings.getvalue().splitlines() if "WARNING" in line), str(error))
             raise Problem(
-                f"The inventory {path} cannot be read: {one_line(str(error))}",
+                f"The inventory {path} cannot be read: {one_line(reason.removeprefix('[WARNING]: '))}",
                 next_command=f"ansible-inventory -i {path} --list",
             ) from error
+        sys.stderr.write(warnings.getvalue())
         if not hosts:
-            raise Problem(
-                f"The inventory {path} holds no hosts", next_command=f"ansible-inventory -i {path} --list"
-            )
+            raise Problem(f"The inventory {path} holds no hosts", next_command=f"ansible-inventory -i {path} --list")
         self.name = str(self.require("environment_name"))
 
     def template(self, value: Any, **variables: Any) -> Any:

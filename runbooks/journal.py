@@ -169,9 +169,17 @@ def fold(records: Iterable[Record]) -> RunState:
             if record.kind != "run_started":
                 raise ValueError(f"the journal of run {record.run} begins with {record.kind}")
             state = RunState(
-                run=record.run, runbook=data["runbook"], environment=data["environment"], inventory=data["inventory"],
-                who=data["who"], host=data["host"], parameters=data["parameters"], started=record.wall,
-                started_mono=record.mono, boot=data["boot"], steps={step: StepState(step) for step in data["steps"]},
+                run=record.run,
+                runbook=data["runbook"],
+                environment=data["environment"],
+                inventory=data["inventory"],
+                who=data["who"],
+                host=data["host"],
+                parameters=data["parameters"],
+                started=record.wall,
+                started_mono=record.mono,
+                boot=data["boot"],
+                steps={step: StepState(step) for step in data["steps"]},
                 left_out=data.get("left_out", []),
             )
         elif record.kind == "run_resumed":
@@ -250,7 +258,8 @@ class Journal:
     def _lock(self) -> Lock | None:
         row = self._db.execute(
             "SELECT environment, run, token, who, host, boot, pid, pid_start, since, heartbeat FROM lock "
-            "WHERE environment = ?", (self.environment,),
+            "WHERE environment = ?",
+            (self.environment,),
         ).fetchone()
         return None if row is None else Lock(row[0], row[1], row[2], Process(*row[3:8]), row[8], row[9])
 
@@ -289,11 +298,25 @@ class Journal:
             self._refuse_when_busy(resuming)
             db.execute(
                 "INSERT OR REPLACE INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (self.environment, run, token, process.who, process.host, process.boot, process.pid, process.pid_start,
-                 now, now),
+                (
+                    self.environment,
+                    run,
+                    token,
+                    process.who,
+                    process.host,
+                    process.boot,
+                    process.pid,
+                    process.pid_start,
+                    now,
+                    now,
+                ),
             )
-            self._insert(run, kind, None, {**data, "who": process.who, "host": process.host, "boot": process.boot,
-                                         "pid": process.pid})
+            self._insert(
+                run,
+                kind,
+                None,
+                {**data, "who": process.who, "host": process.host, "boot": process.boot, "pid": process.pid},
+            )
         self._run, self._token = run, token
 
     def beat(self) -> None:

@@ -102,8 +102,23 @@ def _ask(node: Node, options: Sequence[str]) -> Answer:
     user = ["-o", f"User={node.user}"] if node.user else []
     key = ["-o", f"IdentityFile={node.key}", "-o", "IdentitiesOnly=yes"] if node.key else []
     command = [
-        "ssh", "-n", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", "-o", "LogLevel=ERROR",
-        "-o", f"Port={node.port}", *user, *key, *node.ssh_args, *options, node.address, "true",
+        "ssh",
+        "-n",
+        "-T",
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        f"ConnectTimeout={CONNECT_S}",
+        "-o",
+        "LogLevel=ERROR",
+        "-o",
+        f"Port={node.port}",
+        *user,
+        *key,
+        *node.ssh_args,
+        *options,
+        node.address,
+        "true",
     ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * CONNECT_S, check=False)

@@ -118,8 +118,11 @@ class LiveProgress(Progress):
             done = state.steps[step.id]
             kept = step.id not in state.pending
             self._rows[step.id] = {
-                "step": step, "state": done.outcome if kept else "waiting", "began": None,
-                "elapsed": done.elapsed_s if kept else None, "says": done.says if kept else "",
+                "step": step,
+                "state": done.outcome if kept else "waiting",
+                "began": None,
+                "elapsed": done.elapsed_s if kept else None,
+                "says": done.says if kept else "",
             }
         with Live(get_renderable=self._table, console=self._console, refresh_per_second=4, transient=False):
             yield
@@ -142,9 +145,11 @@ class LiveProgress(Progress):
                 text = self._now or step.title if state == "running" else row["says"] or step.title
                 style = STYLES.get(state, "dim")
                 table.add_row(
-                    Text(MARKS[state], style=style), Text(step.id, style=style),
+                    Text(MARKS[state], style=style),
+                    Text(step.id, style=style),
                     Text("" if took is None else seconds(took), style="yellow" if late else ""),
-                    seconds(step.budget_s), Text(text, style="dim" if state == "waiting" else ""),
+                    seconds(step.budget_s),
+                    Text(text, style="dim" if state == "waiting" else ""),
                 )
         return table
 

@@ -104,9 +104,7 @@ def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str) -> dict
 # -- the figures
 
 
-def _figures(
-    journal: Journal, state: RunState, environment: Environment
-) -> tuple[dict[str, Any] | None, str]:
+def _figures(journal: Journal, state: RunState, environment: Environment) -> tuple[dict[str, Any] | None, str]:
     """What ``ledger.measure`` says of this run, or why it says nothing."""
     directory = environment.ledgers
     paths = sorted(directory.glob("*.jsonl")) if directory is not None and directory.is_dir() else []
@@ -150,7 +148,8 @@ def _summary(measured: dict[str, Any] | None, state: RunState) -> dict[str, Any]
     rto_database = None
     if measured.get("outage_t") is not None:
         firsts = [
-            w["first_t"] for w in measured["writers"]
+            w["first_t"]
+            for w in measured["writers"]
             if w["region"] == state.parameters.get("to") and w["first_t"] > measured["outage_t"]
         ]
         rto_database = round(min(firsts) - measured["outage_t"], 3) if firsts else None
@@ -179,17 +178,27 @@ def _checks(figures: Mapping[str, Any], targets: Mapping[str, Any]) -> list[dict
     }
     rows = [
         {
-            "name": name, "title": titles[name][0], "unit": titles[name][1], "target": float(target),
-            "measured": figures[name], "met": None if figures[name] is None else figures[name] <= float(target),
+            "name": name,
+            "title": titles[name][0],
+            "unit": titles[name][1],
+            "target": float(target),
+            "measured": figures[name],
+            "met": None if figures[name] is None else figures[name] <= float(target),
         }
         for name, target in targets.items()
     ]
     if rows:
         two = figures["two_writers_ms"]
-        rows.append({
-            "name": "two_writers_ms", "title": "Time with two writers", "unit": "ms", "target": 0.0, "measured": two,
-            "met": None if two is None else two == 0,
-        })
+        rows.append(
+            {
+                "name": "two_writers_ms",
+                "title": "Time with two writers",
+                "unit": "ms",
+                "target": 0.0,
+                "measured": two,
+                "met": None if two is None else two == 0,
+            }
+        )
     return rows
 
 
@@ -199,8 +208,12 @@ def _step(definition: Definition, state: RunState, name: str) -> dict[str, Any]:
     data = asdict(state.steps[name])
     data.pop("started_mono")
     return {
-        **data, "id": name, "title": step.title if step else name, "budget_s": step.budget_s if step else None,
-        "touches": list(step.touches) if step else [], "gate": bool(step and step.gate),
+        **data,
+        "id": name,
+        "title": step.title if step else name,
+        "budget_s": step.budget_s if step else None,
+        "touches": list(step.touches) if step else [],
+        "gate": bool(step and step.gate),
     }
 
 
@@ -214,7 +227,10 @@ def html(report: Mapping[str, Any]) -> str:
     from runbooks.progress import seconds
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["seconds"] = seconds
