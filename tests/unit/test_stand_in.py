@@ -146,11 +146,18 @@ def test_a_body_without_a_length_is_refused(served: tuple[Any, Memory]) -> None:
 
 
 class Connection:
+    """A pair of sockets: what the pool holds, and the other end."""
+
     def __init__(self) -> None:
+        self.ours, self.theirs = socket.socketpair()
         self.closed = False
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
 
     def close(self) -> None:
         self.closed = True
+        self.ours.close()
 
 
 def test_the_pool_reuses_and_drops_all_idle_connections_after_a_failure() -> None:
@@ -170,6 +177,17 @@ def test_the_pool_reuses_and_drops_all_idle_connections_after_a_failure() -> Non
     assert [c.closed for c in made] == [True, True]
     with pool.connection() as c:
         assert not c.closed
+
+
+def test_the_pool_does_not_reuse_a_connection_that_the_other_end_closed() -> None:
+    pool = stand_in.Pool(Connection, 3, 0.05)
+    with pool.connection() as first:
+        pass
+    first.theirs.close()
+    with pool.connection() as second:
+        assert second is not first
+    assert first.closed
+    assert not second.closed
 
 
 def test_a_busy_pool_refuses_in_time() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import socket
 import sys
@@ -70,8 +71,7 @@ class Pool:
             raise Unavailable("all database connections are busy")
         connection = None
         try:
-            with self._lock:
-                connection = self._idle.pop() if self._idle else None
+            connection = self._reusable()
             if connection is None:
                 connection = self._connect()
             yield connection
@@ -87,6 +87,16 @@ class Pool:
                 self._idle.append(connection)
         finally:
             self._slots.release()
+
+    def _reusable(self) -> Any:
+        """An idle connection that nobody has closed meanwhile, None when there is none."""
+        while True:
+            with self._lock:
+                connection = self._idle.pop() if self._idle else None
+            # Nothing is under way on an idle connection: what can be read there is its end.
+            if connection is None or not select.select([connection], [], [], 0)[0]:
+                return connection
+            connection.close()
 
 
 class Deadline:
