@@ -1,4 +1,4 @@
-"""The planners of patroni_cluster and patroni_founding as cases (data/patroni/), and the reading of Patroni's answers."""
+"""The planners of patroni_cluster and patroni_founding as cases (data/patroni/), and how answers are read."""
 
 from __future__ import annotations
 

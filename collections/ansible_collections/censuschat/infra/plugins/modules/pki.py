@@ -108,7 +108,6 @@ ca_certificate:
 """
 
 import datetime
-import traceback
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ansible_collections.censuschat.infra.plugins.module_utils.pki.plan import (
@@ -118,13 +117,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.pki.plan import (
     Want,
     plan,
 )
-
-try:
-    from ansible_collections.censuschat.infra.plugins.module_utils.pki.store import Store
-
-    MISSING = ""
-except ImportError:
-    MISSING = traceback.format_exc()
+from ansible_collections.censuschat.infra.plugins.module_utils.pki.store import MISSING, Store
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import datetime
 import ipaddress
 import os
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,15 +23,21 @@ from ansible_collections.censuschat.infra.plugins.module_utils.pki.plan import (
     Stored,
     Want,
 )
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+try:
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    MISSING = ""
+    UNREADABLE: tuple[type[Exception], ...] = (ValueError, TypeError, UnsupportedAlgorithm)
+except ImportError:
+    MISSING = traceback.format_exc()
 
 # Issued with a start in the past, so that a node whose clock is a little behind accepts them.
 _BACKDATE = datetime.timedelta(hours=1)
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
 
 
 class Store:
@@ -73,7 +80,7 @@ class Store:
             return None
         except OSError as error:
             raise PkiError(f"{error.filename} cannot be read: {error.strerror}") from error
-        except _UNREADABLE:
+        except UNREADABLE:
             return None
         return (certificate, key) if isinstance(key, ec.EllipticCurvePrivateKey) else None
 
