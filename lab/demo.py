@@ -80,8 +80,9 @@ def lose_and_fail_over(inventory: str, lost: str) -> Outcome:
     run(f"Heal {lost}", [*lab, "heal", lost])
     healed_t = time.monotonic()
     time.sleep(AFTERMATH_S)
-    run("Ask the service which acknowledged writes it holds", [*lab, "probe", "readback"])
+    # In this order: what is acknowledged after the question, the answer cannot vouch for.
     run("Stop the clients", [*lab, "probe", "stop"])
+    run("Ask the service which acknowledged writes it holds", [*lab, "probe", "readback"])
     code = run("Measure from the ledgers", [sys.executable, "-m", "runbooks", "report", "-i", inventory], check=False)
     return Outcome(code, report(inventory), cut_t, healed_t)
 

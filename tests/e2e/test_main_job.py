@@ -115,8 +115,8 @@ def test_fail_back_loses_nothing(lost_region: demo.Outcome) -> None:
     call(*RUNBOOK, "run", "fail-back", "-i", INVENTORY, "--yes")
     wait_for_acks(PRIMARY, 60)
     time.sleep(3)
-    call(*LAB, "probe", "readback")
     call(*LAB, "probe", "stop")
+    call(*LAB, "probe", "readback")
     figures = ledger.measure(records(), start=before - 10, to_region=PRIMARY)
     assert figures.lost_acknowledged == 0
     assert figures.two_writers_ms == 0
