@@ -1,4 +1,3 @@
-#!/usr/bin/python3
 """CensusChat's stand-in: the smallest real service that shows whether a region serves.
 
 It acknowledges a row only when PostgreSQL has committed it and PostgreSQL and Redis have given it back. Every failure
