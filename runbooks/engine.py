@@ -69,7 +69,7 @@ class Request:
     left_out: list[str] = field(default_factory=list)
 
     def variables(self) -> dict[str, Any]:
-        return {"runbook_run": self.run, **self.parameters}
+        return {"runbook_run": self.run, "runbook_left_out": self.left_out, **self.parameters}
 
 
 class Warm:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from runbooks.journal import state_home
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSIBLE_CONFIG = ROOT / "ansible.cfg"
+
+
+@functools.cache
+def _once(function: Callable[[], object]) -> None:
+    """Call it the first time only: Ansible's plugin loader warns at a second start in one process."""
+    function()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class Environment:
         from ansible.vars.manager import VariableManager
 
         self.path = path.resolve()
-        init_plugin_loader()
+        _once(init_plugin_loader)
         self._loader = DataLoader()
         warnings = io.StringIO()
         try:

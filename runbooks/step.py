@@ -106,23 +106,24 @@ class PlaybookProcess:
     def run(
         self,
         variables: Mapping[str, Any],
-        limit: Sequence[str],
+        leave_out: Sequence[str],
         *,
         on_activity: Callable[[Activity], None],
         interrupted: Callable[[], bool],
     ) -> Result:
         """Let the playbook go and wait for it.
 
-        variables: its extra variables, passed in a file. limit: hosts to leave out. interrupted: asked all the time;
-        when it says so, the playbook is ended.
+        variables: its extra variables, passed in a file. leave_out: hosts that do not answer. interrupted: asked all
+        the time; when it says so, the playbook is ended.
         """
         self._on_activity = on_activity
         extra = self._directory / "variables.json"
         extra.touch(mode=0o600)
         extra.write_text(json.dumps(dict(variables)), encoding="utf-8")
         words = ["-e", f"@{extra}"]
-        if limit:
-            words += ["--limit", ":".join(["all", *(f"!{host}" for host in limit)])]
+        if leave_out:
+            # A limit of "all" alone would leave out the plays on this machine, which is in no group.
+            words += ["--limit", ":".join(["all", "localhost", *(f"!{host}" for host in leave_out)])]
         self._started = time.monotonic()
         self._tell(json.dumps([*words, str(self.playbook)]))
         while self._thread.is_alive():

@@ -248,6 +248,16 @@ def test_run_passes_outputs_on_and_reports(place: Place) -> None:
     assert not list((place.directory / "state").rglob("step-*")), "nothing of a step stays"
 
 
+def test_host_that_may_be_missing_is_left_out(place: Place) -> None:
+    text = INVENTORY.read_text().replace(
+        "    here2:\n", "    here2:\n    gone: {ansible_connection: ssh, ansible_host: 127.0.0.1, ansible_port: 1}\n"
+    )
+    done = place.command("run", "rollcall", "-i", inventory(place, text), "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "Left out, because they do not answer: gone" in done.stderr
+    assert "here1, here2 and localhost are here without gone" in done.stderr
+
+
 def test_default_is_observed(place: Place) -> None:
     done = place.run(runbook="observed")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,218 @@
+"""The report: figures from the ledgers only, measured against the environment's targets, on a page of its own."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runbooks import definition, report
+from runbooks.environment import Environment
+from runbooks.journal import Journal
+from runbooks.ledger import Record, boot_id
+
+INVENTORY = """
+all:
+  hosts: {{a: {{ansible_connection: local}}}}
+  vars:
+    environment_name: unit
+    runbook_state: {place}/runs
+    runbook_ledgers: {place}/ledgers
+    targets: {{rto_critical_s: {rto}, rto_database_s: {rto}, rpo_s: 300}}
+"""
+RUN = "20270314-031500-fail-over-ab12"
+STEPS = ("check", "fence", "promote", "start", "route", "verify")
+
+
+class Stage:
+    """A fail-over that happened just now: its journal, and the ledgers of the clients that saw it."""
+
+    def __init__(self, place: Path, rto: int = 60) -> None:
+        self.place = place
+        inventory = place / "inventory.yml"
+        inventory.write_text(INVENTORY.format(place=place, rto=rto))
+        self.environment = Environment(inventory)
+        self.journal = Journal(self.environment.state_directory, "unit")
+        self.definition = definition.load("fail-over")
+        self.now, self.wall = time.monotonic(), time.time()
+
+    def run(self, *, ends: str = "succeeded", reason: str = "", steps: tuple[str, ...] = STEPS) -> None:
+        self.journal.begin(
+            RUN,
+            {
+                "runbook": "fail-over",
+                "environment": "unit",
+                "inventory": str(self.environment.path),
+                "parameters": {"to": "us-west-2"},
+                "steps": list(STEPS),
+                "left_out": [],
+            },
+        )
+        for step in steps:
+            outputs = {"lease_waited_s": 11.5} if step == "fence" else {}
+            self.journal.append("step_started", step, {})
+            self.journal.append(
+                "step_finished",
+                step,
+                {
+                    "outcome": "ok",
+                    "elapsed_s": 12.0 if step == "fence" else 1.5,
+                    "outputs": outputs,
+                    "says": f"{step} <done>",
+                    "changed": [{"task": f"do {step}", "hosts": ["usw2-db1"]}],
+                },
+            )
+        self.journal.finish(ends, reason)  # type: ignore[arg-type]
+
+    def ledger(self, *, gap: float = 20.0, lost: int = 0, readback: bool = True) -> None:
+        """One client: ten writes in the east, a gap, ten in the west; the last ``lost`` eastern ones are gone."""
+        first = self.now - gap - 10
+        rows = [self._record(first - 1, "start", detail={"boot": boot_id()})]
+        east = [first + i for i in range(10)]
+        west = [east[-1] + gap + i * 0.1 for i in range(10)]
+        for n, t in enumerate([*east, *west]):
+            side = {"region": "us-east-1", "timeline": 1} if t in east else {"region": "us-west-2", "timeline": 2}
+            rows.append(self._record(t, "ack", n=n, **side))
+        rows.append(self._record(west[-1] + 0.1, "stop"))
+        if readback:
+            found = tuple(n for n in range(20) if not 10 - lost <= n < 10)
+            rows.append(self._record(west[-1] + 1, "readback", found=found))
+        path = self.place / "ledgers" / "outside-fresh.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(row.to_line() for row in rows))
+
+    def _record(self, t: float, kind: Any, **more: Any) -> Record:
+        return Record(t, self.wall + t - self.now, "outside-fresh", "outside", kind, **more)
+
+    def report(self) -> dict[str, Any]:
+        return report.build(self.journal, RUN, self.definition, self.environment)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+@pytest.fixture
+def stage(place: Path) -> Iterator[Stage]:
+    made = Stage(place)
+    yield made
+    made.journal.close()
+
+
+def met(result: dict[str, Any]) -> dict[str, bool | None]:
+    return {check["name"]: check["met"] for check in result["checks"]}
+
+
+def test_figures_come_from_the_ledgers(stage: Stage) -> None:
+    stage.ledger(gap=20)
+    stage.run()
+    result = stage.report()
+    assert result["figures"]["rto_s"] == pytest.approx(20, abs=0.001)
+    assert result["figures"]["rto_database_s"] == pytest.approx(20, abs=0.001)
+    assert (result["figures"]["lost_acknowledged"], result["figures"]["rpo_s"]) == (0, 0)
+    assert result["figures"]["two_writers_ms"] == 0
+    assert result["figures"]["lease_wait_s"] == 11.5
+    assert all(met(result).values())
+    assert result["verdict"] == {"level": "good", "text": "Done, and every target was met."}
+    assert report.exit_code(result) == 0
+
+
+def test_missed_target_is_the_verdict_and_the_exit_code(place: Path) -> None:
+    stage = Stage(place, rto=10)
+    stage.ledger(gap=20, lost=2)
+    stage.run()
+    result = stage.report()
+    assert met(result)["rto_s"] is False
+    assert result["figures"]["lost_acknowledged"] == 2
+    assert result["verdict"]["level"] == "bad"
+    assert "Service back for its clients" in result["verdict"]["text"]
+    assert report.exit_code(result) == 1
+    stage.journal.close()
+
+
+def test_without_ledgers_nothing_is_measured(stage: Stage) -> None:
+    stage.run()
+    result = stage.report()
+    figures = {k: v for k, v in result["figures"].items() if k != "lease_wait_s"}
+    assert set(figures.values()) == {None}
+    assert set(met(result).values()) == {None}
+    assert "Not measured: no ledgers in" in result["verdict"]["text"]
+    assert report.exit_code(result) == 0
+    assert "not measured" in report.html(result)
+
+
+def test_lost_writes_are_not_known_before_the_readback(stage: Stage) -> None:
+    stage.ledger(readback=False)
+    stage.run()
+    result = stage.report()
+    assert result["figures"]["lost_acknowledged"] is None
+    assert met(result)["rpo_s"] is None
+    assert met(result)["rto_s"] is True
+    assert result["verdict"]["level"] == "warn"
+
+
+def test_torn_ledger_is_said_and_not_guessed(stage: Stage) -> None:
+    (stage.place / "ledgers").mkdir()
+    (stage.place / "ledgers" / "x.jsonl").write_text("no record\n{}\n")
+    stage.run()
+    result = stage.report()
+    assert "x.jsonl:1: not a record" in result["not_measured"]
+    assert result["figures"]["rto_s"] is None
+
+
+def test_failed_run_says_so_first(stage: Stage) -> None:
+    stage.run(ends="failed", reason="Promote the database: usw2-db1: no leader", steps=STEPS[:2])
+    result = stage.report()
+    assert result["verdict"]["level"] == "bad"
+    assert "no leader" in result["verdict"]["text"]
+    assert report.exit_code(result) == 1
+    page = report.html(result)
+    assert page.count("not reached") == 4
+
+
+class Page(HTMLParser):
+    """What a page would load, and whether it is well-formed enough to nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_needs_nothing_beside_it_and_escapes_what_it_shows(stage: Stage) -> None:
+    stage.ledger()
+    stage.run()
+    page = report.html(stage.report())
+    parsed = Page(page)
+    assert (parsed.loads, parsed.open) == ([], [])
+    assert not re.search(r"url\(|@import|https?://", page)
+    assert "fence &lt;done&gt;" in page
+    assert page.index('class="verdict') < page.index("What happened, when")
+    for text in ("waiting for the lease", "first write after", "do promote", RUN):
+        assert text in page
+
+
+def test_bars_lie_within_the_chart(stage: Stage) -> None:
+    stage.ledger(gap=20)
+    stage.run()
+    chart = report.chart(stage.report())
+    assert [b["step"]["id"] for b in chart["bars"]] == list(STEPS)
+    assert all(0 <= b["left"] <= 100 and b["width"] > 0 for b in chart["bars"])
+    marks = {m["name"]: m["at"] for m in chart["marks"]}
+    assert marks["outage"] < marks["back"]
+    assert chart["span_s"] >= 20
