@@ -83,6 +83,8 @@ def test_repair(case: dict[str, Any]) -> None:
         ({"m": True}, {"m": "true"}, {"m": True}),
         ({"m": False}, {}, {"m": False}),
         ({"ttl": 1}, {"ttl": True}, {"ttl": 1}),
+        ({"a": {"b": None}}, {"a": {"b": 1}}, {"a": {"b": None}}),
+        ({"a": None}, {}, {}),
     ],
 )
 def test_config_patch_is_the_smallest(want: dict[str, Any], have: dict[str, Any], patch: dict[str, Any]) -> None:

@@ -166,7 +166,10 @@ def _upstream_lacks(want: Want, view: View, name: str) -> list[str]:
 
 
 def config_patch(want: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, Any]:
-    """The smallest merge patch after which `have` contains `want`; what `want` does not name stays."""
+    """The smallest merge patch after which `have` contains `want`.
+
+    What `want` does not name stays; what it sets to None goes.
+    """
     patch: dict[str, Any] = {}
     for key, value in want.items():
         now = have.get(key)
@@ -174,7 +177,7 @@ def config_patch(want: Mapping[str, Any], have: Mapping[str, Any]) -> dict[str, 
             inner = config_patch(value, now if isinstance(now, Mapping) else {})
             if inner:
                 patch[key] = inner
-        elif not _same(value, now):
+        elif not _same(value, now) and not (value is None and key not in have):
             patch[key] = value
     return patch
 

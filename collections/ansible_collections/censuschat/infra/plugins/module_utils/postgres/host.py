@@ -56,7 +56,7 @@ class Rest:
 
     def get(self, base: str, path: str) -> dict[str, Any]:
         """A GET whose answer is an object, whatever its status: Patroni tells health by the status."""
-        _, text = self.ask(base, "GET", path)
+        text = self.ask(base, "GET", path)[1]
         try:
             answer = json.loads(text)
         except ValueError as error:
