@@ -52,8 +52,6 @@ class Facts:
     disk_gib: int
     routes: tuple[str, ...]
     hybrid_cgroups: bool
-    runtimes: tuple[str, ...]
-    architecture: str = "amd64"
 
 
 def problems(facts: Facts, topology: Topology, resuming: bool = False) -> list[str]:
@@ -75,7 +73,8 @@ def problems(facts: Facts, topology: Topology, resuming: bool = False) -> list[s
     if facts.disk_gib < DISK and not resuming:
         found.append(f"The lab needs {DISK} GiB of free disk, there are {facts.disk_gib}; free some.")
     for route in facts.routes:
-        if IPv4Network(route).prefixlen and IPv4Network(route).overlaps(topology.supernet):
+        # Shorter ones are default routes in disguise: a VPN adds two halves.
+        if IPv4Network(route).prefixlen >= 8 and IPv4Network(route).overlaps(topology.supernet):
             found.append(
                 f"The machine has a route to {route}, which the lab's network {topology.supernet} would hide; "
                 "remove the route, or change lab_networks in the inventory."
@@ -109,7 +108,6 @@ def observe(topology: Topology) -> Facts:
         # crun refuses the hybrid cgroup layout.
         needed["runc"] = "runc"
     missing = sorted({package for program, package in needed.items() if not shutil.which(program, path=path)})
-    runtimes = tuple(name for name in ("runc", "crun") if shutil.which(name, path=path))
     return Facts(
         root=os.geteuid() == 0,
         debian=debian,
@@ -118,8 +116,6 @@ def observe(topology: Topology) -> Facts:
         disk_gib=disk,
         routes=tuple(routes),
         hybrid_cgroups=hybrid,
-        runtimes=runtimes,
-        architecture=architecture(),
     )
 
 

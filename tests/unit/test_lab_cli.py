@@ -1,0 +1,122 @@
+"""The lab's command line: what it refuses, in one sentence and with exit code 2, before anything is touched."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lab import cli, machine, topology, verbs
+from lab.paths import REPO
+
+
+@pytest.fixture
+def no_lab(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine without a lab, seen by root; running a playbook is an error."""
+    monkeypatch.setattr(verbs, "STATE", tmp_path / "state")
+    monkeypatch.setattr(verbs, "RECORD", tmp_path / "state" / "lab.json")
+    monkeypatch.setattr(verbs, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+
+    def never(*_: object, **__: object) -> int:
+        raise AssertionError("a playbook was run")
+
+    monkeypatch.setattr(verbs, "play", never)
+    return tmp_path
+
+
+def record(inventory: Path) -> None:
+    verbs.RECORD.parent.mkdir(parents=True, exist_ok=True)
+    verbs.RECORD.write_text(f'{{"inventory": "{inventory}"}}')
+
+
+@pytest.mark.parametrize(
+    "arguments", [["cut", "us-east-1"], ["heal", "us-east-1"], ["restart", "use1-db1"]], ids=lambda a: a[0]
+)
+def test_without_a_lab_there_is_nothing_to_act_on(
+    no_lab: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == cli.EXIT_BAD_INPUT
+    assert capsys.readouterr().err == "error: no lab is up; start it with: scripts/run lab up\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["cut", "eu-west-1"], "'eu-west-1' is not a region of the lab; there are: us-east-1, us-west-2, witness"),
+        (["restart", "use1-db9"], "'use1-db9' is not a node of the lab; there are: use1-app1"),
+    ],
+    ids=["region", "node"],
+)
+def test_unknown_names(no_lab: Path, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record(REPO / "inventories" / "lab")
+    assert cli.main(arguments) == cli.EXIT_BAD_INPUT
+    assert capsys.readouterr().err.startswith(f"error: {reason}")
+
+
+def test_two_labs_at_once_are_refused(no_lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(REPO / "inventories" / "lab")
+    assert cli.main(["up", "--small"]) == cli.EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert "remove it first with: scripts/run lab down" in said
+    assert said.count("\n") == 1
+
+
+def test_a_machine_that_does_not_fit_is_left_alone(
+    no_lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poor = machine.Facts(True, "12", (), 100, 50, (), False)
+    monkeypatch.setattr(machine, "observe", lambda _: poor)
+    assert cli.main(["up"]) == cli.EXIT_BAD_INPUT
+    said = capsys.readouterr().err
+    assert "MiB of free memory, there are 100" in said
+    assert said.count("\n") == 1
+    assert not (no_lab / "state").exists()
+
+
+@pytest.mark.parametrize("arguments", [["down"], ["status"], ["cut", "witness"]], ids=lambda a: a[0])
+def test_without_root_that_is_said(
+    no_lab: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert cli.main(arguments) == cli.EXIT_BAD_INPUT
+    assert "needs root" in capsys.readouterr().err
+
+
+def test_status_of_no_lab(no_lab: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status"]) == cli.EXIT_FAILED
+    assert capsys.readouterr().out == "no lab is up\n"
+
+
+def test_a_second_command_waits_for_the_first_and_then_gives_up(
+    no_lab: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with verbs.LOCK.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with pytest.raises(cli.Refusal) as refused, verbs.alone(patience=0.5):
+            pytest.fail("the lock was given twice")
+        assert time.monotonic() - began >= 0.5
+    assert refused.value.code == cli.EXIT_BUSY
+    assert "waiting for it to end" in capsys.readouterr().err
+    with verbs.alone(patience=0.5) as descriptor:
+        assert descriptor > 2
+
+
+def test_help_is_fast_and_imports_no_ansible() -> None:
+    program = (
+        "import sys, lab.cli; lab.cli.parser().format_help(); print('ansible' in sys.modules, 'rich' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+def test_the_inventory_that_is_recorded_is_the_one_used(no_lab: Path) -> None:
+    record(REPO / "inventories" / "lab-small")
+    inventory, lab = verbs.current()
+    assert inventory.name == "lab-small"
+    assert lab == topology.load(REPO / "inventories" / "lab-small")
