@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from . import etcd, planner
 from .database import DatabaseError, Patroni, Postgres, lsn_number
 from .gate import CommandError, Gate, GateRules
-from .model import Figures, GateRecord, LeaseError, LeaseRecord, Shipped, StoreView, boottime
+from .model import Figures, Follower, GateRecord, LeaseError, LeaseRecord, Shipped, StoreView, boottime
 from .planner import MARKER, Observed, PatroniView, Renewal, Standing
 from .store import LeaseStore
 
@@ -169,6 +169,8 @@ class Guard:
         self.problems: dict[str, str] = {}
         self.patroni_at: float | None = None
         self.last_reason = "starting"
+        self.last_standing = ""
+        self.node_lease = 0
         self.known = Observed(
             node=config.node,
             region=config.region,
@@ -209,7 +211,9 @@ class Guard:
 
     def next_wake(self, cycle_began: float) -> float:
         """Seconds to wait: until the next renewal is due, or the gate must be closed, whichever is first."""
-        due = cycle_began + self.config.figures.renew_s
+        # A guard that does not hold the lease looks more often, and one that hands over more often still: clients wait.
+        pace = {Standing.HOLDER: 1.0, Standing.HANDING_OVER: 0.25}.get(planner.standing(self.known, self.clock()), 0.5)
+        due = cycle_began + pace * self.config.figures.renew_s
         if not self.known.shut and self.known.renewed_at is not None:
             due = min(due, self.known.renewed_at + self.config.figures.close_after_s)
         return max(0.2, due - self.clock())
@@ -271,6 +275,23 @@ class Guard:
             self._problem("patroni", str(error))
         differs = planner.wanted_patch(self.known, where, now) is not None
         self._learn(differs_since=(self.known.differs_since or now) if differs else None)
+        if where is Standing.HOLDER:
+            self._tell_follower()
+
+    def _tell_follower(self) -> None:
+        """On the primary: leave in the store whether the other region follows, for whoever wants to hand over."""
+        view, patroni = self.known.view, self.known.patroni
+        if view is None or view.lease is None or patroni is None or not patroni.is_primary:
+            return
+        try:
+            streaming = self.postgres.streams_to(self.config.peer_addresses)
+            found = Follower(self.config.node, view.lease.epoch, streaming)
+            if found != view.follower:
+                self.store.record_follower(found, view.lease.lease_id)
+                log("follower", streaming=streaming)
+            self._problem("follower", "")
+        except _TROUBLE as error:
+            self._problem("follower", str(error))
 
     def _check_table(self) -> None:
         """Put the gate back, closed, if somebody removed or changed it."""
@@ -337,11 +358,7 @@ class Guard:
             view = self._look(deadline)
             if view is None:
                 return
-            own = GateRecord(self.config.node, self.config.region, lease.epoch)
-            registered = own in view.gates or (
-                planner.standing(self.known, asked_at) is Standing.HOLDER
-                and self.store.register(own, lease.lease_id, deadline)
-            )
+            registered = self._register(view, lease, deadline)
             ttl_s = self.store.keep_alive(lease.lease_id, deadline)
             renewal = Renewal(armed_at, asked_at, self.clock(), view, lease, registered, ttl_s)
             why_not = planner.why_not_confirm(renewal, self.known)
@@ -349,7 +366,9 @@ class Guard:
                 # The store counts time otherwise than this node does: what was confirmed before proves nothing now.
                 self._learn(renewed_at=None)
             if why_not:
-                self._problem("renewal", why_not)
+                # That the lease went elsewhere is no trouble of this renewal; the planner acts upon it.
+                mine = planner.standing(self.known, self.clock()) is Standing.HOLDER
+                self._problem("renewal", why_not if mine else "")
                 return
             self.gate.confirm(generation)
         except _TROUBLE as error:
@@ -361,6 +380,19 @@ class Guard:
         if not was_open:
             self.last_reason = f"this region holds epoch {lease.epoch}"
             log("gate_open", epoch=lease.epoch)
+
+    def _register(self, view: StoreView, lease: LeaseRecord, deadline: float) -> bool:
+        """Have this node's gate record in the store for at least another ttl from now on."""
+        if planner.standing(self.known, self.clock()) is not Standing.HOLDER:
+            return False
+        if self.node_lease and self.store.keep_alive(self.node_lease, deadline) < self.config.figures.ttl_s:
+            self.node_lease = 0
+        if not self.node_lease:
+            self.node_lease = self.store.node_lease(self.config.figures.ttl_s, deadline)
+        own = GateRecord(self.config.node, self.config.region, lease.epoch, self.node_lease)
+        if any(own == gate and gate.lease_id == own.lease_id for gate in view.gates):
+            return True
+        return self.store.register(own, lease.lease_id, deadline)
 
     def _take(self, view: StoreView) -> None:
         self._learn(renewal_tried=False)
@@ -380,14 +412,15 @@ class Guard:
             log("lease_taken", epoch=lease.epoch)
         self._look()
 
-    def _set_patroni(self, patch: Mapping[str, Any], reason: str) -> None:
+    def _set_patroni(self, patch: Mapping[str, Any], reason: str) -> bool:
         try:
             self.patroni.patch(patch)
         except DatabaseError as error:
             self._problem("patroni", str(error))
-            return
+            return False
         self.patroni_at = None
         log("patroni_set", reason=reason)
+        return True
 
     def _stop_cleanly(self) -> None:
         """Step down with nothing left behind: pause Patroni, stop PostgreSQL, see the other region hold it all."""
@@ -422,11 +455,11 @@ class Guard:
             self._problem("hand-over", str(error))
             return
         self._problem("hand-over", "")
-        self._look()
-        self._ask_patroni()
-        for action in planner.plan(self.known, self.clock()):
-            if isinstance(action, planner.SetPatroni):
-                self._perform(action)
+        # At once, and without asking Patroni anything: it is slow to answer while PostgreSQL is down.
+        follow = {"standby_cluster": dict(self.config.standby_cluster), "pause": None, MARKER: None}
+        if self._set_patroni(follow, "follow the other region: all is shipped"):
+            # Stopped cleanly and set to come back as a standby: this node has stepped down.
+            self._unregister(GateRecord(self.config.node, self.config.region, handover.epoch))
 
     def _unregister(self, gate: GateRecord) -> None:
         try:
@@ -434,6 +467,7 @@ class Guard:
         except _TROUBLE as error:
             self._problem("hand-over", str(error))
             return
+        self.node_lease = 0
         log("gate_closed_for_good", epoch=gate.epoch)
 
     # ---- memory and status ----
@@ -461,12 +495,18 @@ class Guard:
         now = self.clock()
         view = self.known.view
         is_open = planner.renewal_is_young(self.known, now)
+        where = planner.standing(self.known, now)
+        if not is_open and where is not Standing.HOLDER:
+            self.last_reason = planner.why_shut(self.known, where, now)
+        if where.value != self.last_standing:
+            log("standing", now=where.value)
+            self.last_standing = where.value
         document = {
             "node": self.config.node,
             "region": self.config.region,
             "gate": "open" if is_open else "closed",
             "reason": self.last_reason,
-            "standing": planner.standing(self.known, now).value,
+            "standing": where.value,
             "holder": view.lease.region if view and view.lease else None,
             "epoch": view.epoch.epoch if view and view.epoch else None,
             "last_region": view.epoch.region if view and view.epoch else None,
@@ -474,6 +514,7 @@ class Guard:
             "store_age_s": round(now - self.known.view_at, 2) if self.known.view_at is not None else None,
             "patroni_role": self.known.patroni.role if self.known.patroni else None,
             "follows": bool(self.known.patroni.config.get("standby_cluster")) if self.known.patroni else None,
+            "followed": view.is_followed() if view and where is Standing.HOLDER else None,
             "problems": dict(sorted(self.problems.items())),
             "written_at_boottime": round(now, 3),
         }

@@ -158,6 +158,16 @@ def _decide_handover(view: StoreView, request: Request, waiting: Waiting) -> Dec
             f"again, or fail over and accept the loss of what was not shipped: state=held region={request.region}"
         )
     if handover is None:
+        if request.require_shipped and not view.is_followed():
+            # Nothing is closed before the rest is a matter of seconds.
+            missing = f"{request.region} does not follow {lease.region} closely yet"
+            if waiting.elapsed_s >= request.wait_s:
+                return Refuse(
+                    f"{missing} after {waiting.elapsed_s:.0f} s, so handing over would lose writes or keep clients "
+                    f"waiting. Nothing was touched and {lease.region} goes on with epoch {lease.epoch}. Look at "
+                    f"replication ('patronictl list' in {request.region}), then run this again."
+                )
+            return Wait(missing)
         wanted = HandOver(request.region, lease.epoch, request.by, request.require_shipped)
         return AskHolder(wanted, lease)
     if handover.to != request.region:

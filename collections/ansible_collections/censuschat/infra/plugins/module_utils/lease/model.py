@@ -86,11 +86,26 @@ class HandOver:
 
 @dataclasses.dataclass(frozen=True)
 class GateRecord:
-    """A node whose gate may be open under `epoch`. Written before its gate opens, gone after it closed for good."""
+    """A node whose gate may be open under `epoch`. Written before its gate opens, gone after it closed for good.
+
+    It is bound to a store lease of the node's own, which the guard renews before each opening. So the record of a node
+    that died goes by itself, but only after the kernel of that node has closed the gate.
+    """
 
     node: str
     region: str
     epoch: int
+    lease_id: int = dataclasses.field(default=0, compare=False)
+    """The node's own store lease (not part of the value)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Follower:
+    """How the other region follows, as the primary's guard sees it: what a hand-over may be begun upon."""
+
+    node: str
+    epoch: int
+    streaming: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +126,7 @@ class StoreView:
     handover: HandOver | None = None
     gates: tuple[GateRecord, ...] = ()
     shipped: Shipped | None = None
+    follower: Follower | None = None
     epoch_revision: int = 0
     """Store revision of the epoch key (0: absent): what a taker compares, so that two takers cannot both win."""
 
@@ -125,12 +141,18 @@ class StoreView:
             return self.shipped
         return None
 
+    def is_followed(self) -> bool:
+        """Whether the other region streams from the holder with little left to send."""
+        return bool(
+            self.follower and self.lease and self.follower.epoch == self.lease.epoch and self.follower.streaming
+        )
+
     def open_gates(self) -> tuple[GateRecord, ...]:
         """Gates that may be open under the present lease."""
         return tuple(g for g in self.gates if self.lease and g.epoch == self.lease.epoch)
 
 
-def encode(record: EpochRecord | LeaseRecord | HandOver | GateRecord | Shipped) -> str:
+def encode(record: EpochRecord | LeaseRecord | HandOver | GateRecord | Follower | Shipped) -> str:
     """The record as the JSON that is stored."""
     fields = dataclasses.asdict(record)
     fields.pop("lease_id", None)

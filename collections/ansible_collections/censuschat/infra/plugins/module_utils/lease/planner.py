@@ -171,7 +171,7 @@ def plan(o: Observed, now: float) -> list[Action]:
     may_stay_open = where in (Standing.HOLDER, Standing.UNKNOWN) and renewal_is_young(o, now)
     first_try = where is Standing.HOLDER and o.renewed_at is None and not o.renewal_tried
     if not o.shut and not may_stay_open and not first_try:
-        actions.append(Shut(_why_shut(o, where, now)))
+        actions.append(Shut(why_shut(o, where, now)))
 
     if view and view.lease and not o.renewal_tried and where in (Standing.HOLDER, Standing.HANDING_OVER):
         actions.append(Renew(view.lease, opens=where is Standing.HOLDER))
@@ -179,11 +179,14 @@ def plan(o: Observed, now: float) -> list[Action]:
         actions.append(Take(view))
     if where is Standing.HANDING_OVER:
         actions += _hand_over(o)
+    elif view and o.shut and where in (Standing.OTHER, Standing.FREE, Standing.BACKWARDS):
+        actions += [Unregister(g) for g in view.gates if g.node == o.node]
     actions += _patroni(o, where, now)
     return actions
 
 
-def _why_shut(o: Observed, where: Standing, now: float) -> str:
+def why_shut(o: Observed, where: Standing, now: float) -> str:
+    """Why the gate is closed, for people."""
     if where is Standing.HOLDER or where is Standing.UNKNOWN:
         if o.renewed_at is None:
             return f"no renewal was confirmed since the guard started ({where.value})"

@@ -13,6 +13,7 @@ from typing import Any
 from . import etcd
 from .model import (
     EpochRecord,
+    Follower,
     GateRecord,
     HandOver,
     LeaseError,
@@ -46,8 +47,10 @@ def view_of(pairs: Sequence[etcd.KeyValue], prefix: str) -> StoreView:
             found["handover"] = decode(HandOver, pair.value, where)
         elif name == "shipped":
             found["shipped"] = decode(Shipped, pair.value, where)
+        elif name == "follower":
+            found["follower"] = decode(Follower, pair.value, where)
         elif name.startswith("gates/"):
-            gates.append(decode(GateRecord, pair.value, where))
+            gates.append(decode(GateRecord, pair.value, where, lease_id=pair.lease_id))
     return StoreView(gates=tuple(gates), **found)
 
 
@@ -74,11 +77,18 @@ class LeaseStore:
         """Seconds until the lease ends unless it is renewed; -1 when it is gone."""
         return self.client.time_to_live(lease_id)
 
+    def node_lease(self, ttl_s: float, deadline: float | None = None) -> int:
+        """A store lease of a node's own, for its gate record."""
+        return self.client.grant(ttl_s, deadline)
+
     def register(self, gate: GateRecord, lease_id: int, deadline: float | None = None) -> bool:
-        """Say that this node's gate may open from now on. False: the lease changed, or is being handed over."""
+        """Say that this node's gate may open from now on. False: the lease changed, or is being handed over.
+
+        lease_id: of the write lease, which must still be this one. The record is bound to the gate's own lease.
+        """
         return self.client.transaction(
             [etcd.bound_to(self.key("lease"), lease_id), etcd.absent(self.key("handover"))],
-            [etcd.put(self.key(f"gates/{gate.node}"), encode(gate), lease_id)],
+            [etcd.put(self.key(f"gates/{gate.node}"), encode(gate), gate.lease_id)],
             deadline,
         )
 
@@ -86,6 +96,13 @@ class LeaseStore:
         """Say that this node's gate is closed for good under this epoch."""
         key = self.key(f"gates/{gate.node}")
         return self.client.transaction([etcd.has_value(key, encode(gate))], [etcd.delete(key)])
+
+    def record_follower(self, follower: Follower, lease_id: int) -> bool:
+        """Say how the other region follows; forgotten with the lease."""
+        return self.client.transaction(
+            [etcd.bound_to(self.key("lease"), lease_id)],
+            [etcd.put(self.key("follower"), encode(follower), lease_id)],
+        )
 
     def record_shipped(self, proof: Shipped, handover: HandOver) -> bool:
         """Leave the proof that the other region holds all of this region's WAL."""
