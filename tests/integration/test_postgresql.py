@@ -299,6 +299,46 @@ def test_another_run_changes_nothing(arguments: tuple[str, ...], writing: Region
     assert writing.having("leader") == before
 
 
+def reclone(path: Path, region: Region) -> Path:
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "name": "Clone a region anew",
+                    "hosts": ",".join(region.db),
+                    "gather_facts": False,
+                    "any_errors_fatal": True,
+                    "tasks": [
+                        {
+                            "name": "Clone",
+                            "ansible.builtin.include_role": {
+                                "name": "censuschat.infra.postgresql",
+                                "tasks_from": "reclone",
+                            },
+                        }
+                    ],
+                }
+            ]
+        )
+    )
+    return path
+
+
+def test_a_standby_region_can_be_cloned_anew(tmp_path: Path, writing: Region, standing_by: Region) -> None:
+    inode = ("stat", "-c", "%i", "/var/lib/postgresql/15/censuschat/PG_VERSION")
+    before = {node: on(node, *inode).stdout for node in standing_by.db}
+    play(str(reclone(tmp_path / "reclone.yml", standing_by)))
+    assert all(on(node, *inode).stdout != before[node] for node in standing_by.db)
+    test_the_other_region_is_a_standby_cluster_that_streams(writing, standing_by)
+
+
+def test_the_writing_region_is_never_cloned_over(tmp_path: Path, writing: Region) -> None:
+    primary = writing.having("leader")
+    with pytest.raises(AssertionError, match="Its data would be the only copy"):
+        play(str(reclone(tmp_path / "reclone.yml", writing)))
+    assert writing.having("leader") == primary
+
+
 @pytest.fixture
 def etcd_playbook(tmp_path: Path, standing_by: Region) -> Iterator[Path]:
     path = tmp_path / "etcd.yml"

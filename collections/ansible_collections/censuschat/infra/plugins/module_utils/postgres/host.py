@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import json
@@ -119,22 +120,20 @@ class Cluster:
 
     def observe(self, *, local: bool) -> View:
         """One look; never raises. `local`: look at this node's PostgreSQL too."""
-        try:
-            cluster = self.rest.get(self.url, "/cluster")
-            config = self.rest.get(self.url, "/config")
-            members = tuple(member_of(m) for m in cluster.get("members") or [])
-            view = View(members=members, config=config)
-            leading = view.leading
-            leader = node_of(leading.url, self.rest.get(leading.url, "/patroni")) if leading else None
-        except ClusterError as error:
-            return View(error=str(error), local=self._local() if local else Local())
-        return View(
-            members=members,
-            config=config,
-            leader=leader,
-            local=self._local() if local else Local(),
-            peers=tuple(self._peer(p) for p in self.peers),
-        )
+        own = self._local() if local else Local()
+        with concurrent.futures.ThreadPoolExecutor(max_workers=len(self.peers) + 1) as pool:
+            # Side by side: nodes of a region that is cut off each take a whole timeout.
+            asked = [pool.submit(self._peer, url) for url in self.peers]
+            try:
+                cluster = self.rest.get(self.url, "/cluster")
+                members = tuple(member_of(m) for m in cluster.get("members") or [])
+                config = self.rest.get(self.url, "/config")
+                leading = View(members=members).leading
+                leader = node_of(leading.url, self.rest.get(leading.url, "/patroni")) if leading else None
+            except ClusterError as error:
+                return View(error=str(error), local=own, peers=tuple(a.result() for a in asked))
+            peers = tuple(a.result() for a in asked)
+        return View(members=members, config=config, leader=leader, local=own, peers=peers)
 
     def _peer(self, url: str) -> Node:
         try:
