@@ -6,11 +6,13 @@ its recipe, so a changed recipe is a new image and an unchanged one costs nothin
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,42 +294,59 @@ LABEL censuschat.lab.image={role}
 """
 
 
-def build_base(recipe: Recipe, target: Path, log: Path) -> None:
-    """Makes the base image's tar at `target`; raises ImageError. Takes about a minute from a warm package cache."""
-    work = target.parent / f".{target.name}.building"
-    if work.exists():
+@contextlib.contextmanager
+def building(place: Path) -> Iterator[int]:
+    """Waits until nobody else makes an image at `place`, and keeps others waiting; gives the lock's file descriptor."""
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("w", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def build_base(recipe: Recipe, target: Path, log: Path) -> bool:
+    """Makes the base image's tar at `target` unless it is there; true when it did. Raises ImageError.
+
+    Takes about a minute from a warm package cache. A build whose parent was killed goes on by itself; the lock makes
+    the next one wait for it instead of pulling the directory away under it.
+    """
+    with building(target.parent) as lock:
+        if target.is_file():
+            return False
+        work = target.parent / f".{target.name}.building"
+        if work.exists():
+            shutil.rmtree(work)
+        work.mkdir()
+        with log.open("a", encoding="utf-8") as output:
+
+            def step(what: str, *command: str, stdin: str | None = None) -> None:
+                print(f"== {what}", file=output, flush=True)
+                # In a mount namespace of its own: what debootstrap mounts goes with it, however it ends.
+                inside = ("unshare", "--mount", *command)
+                done = subprocess.run(
+                    inside, input=stdin, stdout=output, stderr=output, text=True, check=False, pass_fds=(lock,)
+                )
+                if done.returncode != 0:
+                    tail = " | ".join(log.read_text(encoding="utf-8").splitlines()[-3:])
+                    raise ImageError(f"{what} failed (exit {done.returncode}): {tail}; all of it is in {log}")
+
+            include = f"--include={','.join(BASE_PACKAGES)}"
+            step("debootstrap", "debootstrap", "--variant=minbase", include, SUITE, str(work), f"{recipe.cache}/debian")
+            for path, (mode, text) in recipe.base_files().items():
+                file = work / path
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.unlink(missing_ok=True)
+                file.write_text(text, encoding="utf-8")
+                file.chmod(mode)
+            script = CONFIGURE.format(masked=" ".join(MASKED_UNITS), disabled=" ".join(DISABLED_UNITS))
+            step("configure the base", "chroot", str(work), "/bin/sh", "-s", stdin=script)
+            partial = target.with_name(target.name + ".partial")
+            step("pack the base", "tar", "--numeric-owner", "--xattrs", "-C", str(work), "-cf", str(partial), ".")
+            partial.rename(target)
         shutil.rmtree(work)
-    work.mkdir(parents=True)
-    with log.open("a", encoding="utf-8") as output:
-
-        def step(what: str, *command: str, stdin: str | None = None) -> None:
-            print(f"== {what}", file=output, flush=True)
-            done = subprocess.run(command, input=stdin, stdout=output, stderr=output, text=True, check=False)
-            if done.returncode != 0:
-                tail = " | ".join(log.read_text(encoding="utf-8").splitlines()[-3:])
-                raise ImageError(f"{what} failed (exit {done.returncode}): {tail}; all of it is in {log}")
-
-        step(
-            "debootstrap",
-            "debootstrap",
-            "--variant=minbase",
-            f"--include={','.join(BASE_PACKAGES)}",
-            SUITE,
-            str(work),
-            f"{recipe.cache}/debian",
-        )
-        for path, (mode, text) in recipe.base_files().items():
-            file = work / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.unlink(missing_ok=True)
-            file.write_text(text, encoding="utf-8")
-            file.chmod(mode)
-        script = CONFIGURE.format(masked=" ".join(MASKED_UNITS), disabled=" ".join(DISABLED_UNITS))
-        step("configure the base", "chroot", str(work), "/bin/sh", "-s", stdin=script)
-        partial = target.with_name(target.name + ".partial")
-        step("pack the base", "tar", "--numeric-owner", "--xattrs", "-C", str(work), "-cf", str(partial), ".")
-        partial.rename(target)
-    shutil.rmtree(work)
+        for old in target.parent.glob("base-*.tar"):
+            if old != target:
+                old.unlink()
+        return True
 
 
 def missing(recipe: Recipe, present: Iterable[str], roles: Sequence[str]) -> list[str]:

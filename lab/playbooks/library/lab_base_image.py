@@ -94,12 +94,8 @@ def main() -> None:
         if "base" in missing and not tar.is_file():
             actions.append(f"make {tar.name}")
             if not module.check_mode:
-                log = STATE / "log" / "images.log"
                 os.umask(0o022)
-                images.build_base(recipe, tar, log)
-                for old in tar.parent.glob("base-*.tar"):
-                    if old != tar:
-                        old.unlink()
+                images.build_base(recipe, tar, STATE / "log" / "images.log")
         if "base" in missing:
             actions.append(f"import {recipe.image('base')}")
             if not module.check_mode:
