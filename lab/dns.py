@@ -206,16 +206,22 @@ def _to_wire(record: RecordSet) -> list[Any]:
 
 
 def serve(resolver: Resolver, address: str, port: int) -> list[Any]:
-    """Bind UDP and TCP and serve in threads; returns the two servers. Raises OSError when the port is taken."""
+    """Bind UDP and TCP and serve in threads; returns the two servers.
+
+    Port 0 takes a port that is free for both. Raises OSError when the port is taken.
+    """
     handler = type("Handler", (DNSHandler,), {"udplen": UDP_SIZE})
     logger = DNSLogger("error")
-    servers = [DNSServer(resolver, address=address, port=port, logger=logger, handler=handler)]
-    try:
-        port = servers[0].server.server_address[1]
-        servers.append(DNSServer(resolver, address=address, port=port, tcp=True, logger=logger, handler=handler))
-    except OSError:
-        servers[0].server.server_close()
-        raise
+    for last in (*[False] * 20, True):
+        servers = [DNSServer(resolver, address=address, port=port, logger=logger, handler=handler)]
+        both = servers[0].server.server_address[1]
+        try:
+            servers.append(DNSServer(resolver, address=address, port=both, tcp=True, logger=logger, handler=handler))
+            break
+        except OSError:
+            servers[0].server.server_close()
+            if last or port:
+                raise
     for server in servers:
         server.start_thread()
     return servers

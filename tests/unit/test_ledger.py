@@ -34,7 +34,7 @@ def record(row: list[Any], wall_jump: float) -> ledger.Record:
         n=n if kind in ("ack", "fail") else None,
         region=REGIONS[writer[0]] if writer else None,
         timeline=int(writer[1:]) if writer else None,
-        found=tuple(n) if kind == "readback" else None,
+        found=tuple(n or ()) if kind == "readback" else None,
         detail={"boot": n} if kind == "start" else None,
     )
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_stand_in import Memory, stand_in
 
 from lab import background, probe, prober
 from lab import dns as lab_dns
 from lab.resolve import Names
 from runbooks import ledger
+from tests.unit.stand_in_service import Memory, stand_in
 
 SERVICE = "app.censuschat.test"
 

@@ -3,55 +3,16 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SOURCE = (
-    Path(__file__).resolve().parents[2]
-    / "collections/ansible_collections/censuschat/infra/roles/stand_in/files/stand_in.py"
-)
-spec = importlib.util.spec_from_file_location("stand_in", SOURCE)
-assert spec is not None
-assert spec.loader is not None
-stand_in: Any = importlib.util.module_from_spec(spec)
-sys.modules["stand_in"] = stand_in
-spec.loader.exec_module(stand_in)
-
-
-class Memory:
-    """A store in memory that can be made to fail."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, list[int]] = {}
-        self.broken: str | None = None
-
-    def _check(self) -> None:
-        if self.broken:
-            raise stand_in.Unavailable(self.broken)
-
-    def write(self, client: str, n: int) -> int:
-        self._check()
-        if n in self.rows.setdefault(client, []):
-            raise stand_in.Conflict("the row exists")
-        self.rows[client].append(n)
-        return 3
-
-    def numbers(self, client: str) -> list[int]:
-        self._check()
-        return self.rows.get(client, [])
-
-    def probe(self) -> int:
-        self._check()
-        return 3
+from tests.unit.stand_in_service import Memory, stand_in
 
 
 @pytest.fixture
@@ -68,7 +29,7 @@ def served() -> Iterator[tuple[Any, Memory]]:
 
 @pytest.fixture
 def client(served: tuple[Any, Memory]) -> Iterator[http.client.HTTPConnection]:
-    connection = http.client.HTTPConnection(*served[0].server_address, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", served[0].server_address[1], timeout=5)
     yield connection
     connection.close()
 
