@@ -30,6 +30,7 @@ attributes:
     support: full
     details:
       - The plan of one observation. A wait is reported as a change, because the lease would be taken after it.
+      - On a node that has no certificate yet the plan is that of a new environment, with a warning.
   diff_mode:
     description: Whether the module reports differences.
     support: full
@@ -198,6 +199,8 @@ actions:
   sample: ["take the lease for us-west-2 (epoch 3 of us-east-1 has ended)"]
 """
 
+import dataclasses
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -234,6 +237,13 @@ def result_of(outcome: Outcome, region: str | None, check_mode: bool) -> dict[st
     }
 
 
+def bare_plan(state: str, region: str | None) -> Outcome:
+    """What would come about on a node that is still bare: with state=held the first taking."""
+    if state != "held":
+        return Outcome()
+    return Outcome(changed=True, actions=[f"take the lease for {region} (nobody ever held it)"], method="never_held")
+
+
 def _lines(facts: dict[str, Any]) -> str:
     return "".join(f"{name}: {facts[name]}\n" for name in ("holder", "epoch", "last_region"))
 
@@ -260,9 +270,15 @@ def main() -> None:
         supports_check_mode=True,
     )
     given = module.params
-    store = None
+    tls = Tls(given["ca_file"], given["cert_file"], given["key_file"])
+    missing = [name for name in dataclasses.astuple(tls) if not os.path.exists(name)]
+    if module.check_mode and missing:
+        module.warn(
+            f"{', '.join(missing)} not there yet: this is the plan for an environment where nobody held the lease"
+        )
+        outcome = bare_plan(given["state"], given["region"])
+        module.exit_json(**result_of(outcome, given["region"], module.check_mode))
     try:
-        tls = Tls(given["ca_file"], given["cert_file"], given["key_file"])
         store = LeaseStore(Etcd(given["endpoints"], tls), given["environment_name"])
         if given["state"] == "observed":
             view = store.observe()
