@@ -171,7 +171,7 @@ def _default(
                 next_command=f"runbook show {definition.name}",
             )
         return environment.template(parameter.default, **known)
-    left_out = preflight.check(environment, source.reach, known)
+    left_out = preflight.check(environment, source.reach, known, patient=False)
     process = session.warm.take(source.playbook, 60)
     session.warm.warm(definition.steps[0].playbook, definition.steps[0].timeout_s)
     try:

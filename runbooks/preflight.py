@@ -5,11 +5,14 @@ It looks only at what the definition names. A fail-over does not ask the region 
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from runbooks.definition import Reach
@@ -18,6 +21,8 @@ from runbooks.errors import Problem, one_line
 
 CONNECT_S = 5
 """Seconds that a node has for the TCP connection; the ssh handshake and the login may take as long again."""
+GRACE_S = 0.3
+"""Seconds that late hosts have once there are enough."""
 PUBLIC_AWS = "https://route53.amazonaws.com"
 
 Fault = Literal["unreachable", "key", "host key"]
@@ -32,19 +37,29 @@ class Answer:
     detail: str = ""
 
 
-def check(environment: Environment, reach: Iterable[Reach], variables: Mapping[str, Any]) -> list[str]:
+def check(
+    environment: Environment, reach: Iterable[Reach], variables: Mapping[str, Any], *, patient: bool = True
+) -> list[str]:
     """Ask everything the runbook needs; the hosts that may be missing and are.
 
+    patient: wait for every host. Otherwise only until there are enough of each, and a moment longer: whoever is late
+    counts as missing.
     Raises Problem when something that is needed does not answer.
     """
     wanted = [(item, environment.nodes(environment.template(item.hosts, **variables))) for item in reach if item.hosts]
     urls = [(item, environment.template(item.url, **variables) or PUBLIC_AWS) for item in reach if item.url]
     nodes = list({node.name: node for _, group in wanted for node in group}.values())
     _keys_exist(environment, nodes)
-    options = ssh_options()
-    with ThreadPoolExecutor(max_workers=max(1, len(nodes) + len(urls))) as pool:
+
+    def enough(answers: Mapping[str, Answer]) -> bool:
+        good = {name for name, answer in answers.items() if answer.fault is None}
+        return not patient and all(
+            sum(n.name in good for n in group) >= _needed(item, len(group)) for item, group in wanted
+        )
+
+    with ThreadPoolExecutor(max_workers=max(1, len(urls))) as pool:
         servers = [(item, url, pool.submit(_server, str(url))) for item, url in urls]
-        answers = {a.node.name: a for a in pool.map(lambda node: _ask(node, options), nodes)}
+        answers = _ask(nodes, enough)
     for item, url, server in servers:
         error = server.result()
         if error:
@@ -67,10 +82,13 @@ def _keys_exist(environment: Environment, nodes: Sequence[Node]) -> None:
             )
 
 
+def _needed(item: Reach, hosts: int) -> int:
+    need = {"all": hosts, "majority": hosts // 2 + 1}.get(str(item.need)) or int(item.need)
+    return min(need, hosts)
+
+
 def _enough(environment: Environment, item: Reach, answers: Sequence[Answer]) -> None:
-    good = sum(a.fault is None for a in answers)
-    need = {"all": len(answers), "majority": len(answers) // 2 + 1}.get(str(item.need)) or int(item.need)
-    if good >= min(need, len(answers)):
+    if sum(a.fault is None for a in answers) >= _needed(item, len(answers)):
         return
     bad = [a for a in answers if a.fault]
     of = f"{len(bad)} of the {len(answers)} nodes needed {item.why}"
@@ -95,45 +113,68 @@ def _enough(environment: Environment, item: Reach, answers: Sequence[Answer]) ->
     )
 
 
-def _ask(node: Node, options: Sequence[str]) -> Answer:
-    """Log in and do nothing. The connection stays open for the steps when Ansible's options say so (ControlPersist)."""
-    if node.local:
-        return Answer(node)
-    user = ["-o", f"User={node.user}"] if node.user else []
-    key = ["-o", f"IdentityFile={node.key}", "-o", "IdentitiesOnly=yes"] if node.key else []
-    command = [
-        "ssh",
-        "-n",
-        "-T",
-        "-o",
-        "BatchMode=yes",
-        "-o",
-        f"ConnectTimeout={CONNECT_S}",
-        "-o",
-        "LogLevel=ERROR",
-        "-o",
-        f"Port={node.port}",
-        *user,
-        *key,
-        *node.ssh_args,
-        *options,
-        node.address,
-        "true",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * CONNECT_S, check=False)
-    except subprocess.TimeoutExpired:
-        return Answer(node, "unreachable", f"no login within {2 * CONNECT_S} s")
-    except OSError as error:
-        raise Problem(f"ssh cannot be started ({error})", next_command="command -v ssh") from error
-    if done.returncode == 0:
-        return Answer(node)
-    detail = one_line(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}")
-    if "Permission denied" in done.stderr or "Too many authentication failures" in done.stderr:
-        return Answer(node, "key", detail)
-    if "Host key verification failed" in done.stderr or "HOST IDENTIFICATION HAS CHANGED" in done.stderr:
-        return Answer(node, "host key", detail)
-    return Answer(node, "unreachable", detail)
+def _ask(nodes: Sequence[Node], enough: Callable[[Mapping[str, Answer]], bool]) -> dict[str, Answer]:
+    """Log in everywhere at once and do nothing, until all have answered or ``enough`` says so.
+
+    The connections stay open for the steps when Ansible's options say so (ControlPersist).
+    """
+    answers = {node.name: Answer(node) for node in nodes if node.local}
+    options = ssh_options() if len(answers) < len(nodes) else []
+    with contextlib.ExitStack() as stack:
+        logins = {node.name: stack.enter_context(_Login(node, options)) for node in nodes if not node.local}
+        deadline, late = time.monotonic() + 2 * CONNECT_S, None
+        while len(answers) < len(nodes) and time.monotonic() < (late or deadline):
+            for name, login in logins.items():
+                if name not in answers and login.process.poll() is not None:
+                    answers[name] = login.answer()
+            if late is None and enough(answers):
+                late = time.monotonic() + GRACE_S
+            time.sleep(0.01)
+        for name, login in logins.items():
+            if name not in answers:
+                answers[name] = Answer(login.node, "unreachable", f"no login within {2 * CONNECT_S} s")
+    return answers
+
+
+class _Login:
+    """One ssh on its way; ended when it is not waited for any longer."""
+
+    def __init__(self, node: Node, options: Sequence[str]) -> None:
+        self.node = node
+        user = ["-o", f"User={node.user}"] if node.user else []
+        key = ["-o", f"IdentityFile={node.key}", "-o", "IdentitiesOnly=yes"] if node.key else []
+        command = [
+            *("ssh", "-n", "-T", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", "-o", "LogLevel=ERROR"),
+            *("-o", f"Port={node.port}", *user, *key, *node.ssh_args, *options, node.address, "true"),
+        ]
+        # A file and not a pipe: the connection that stays open in the background would hold a pipe open.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        try:
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._stderr)
+        except OSError as error:
+            self._stderr.close()
+            raise Problem(f"ssh cannot be started ({error})", next_command="command -v ssh") from error
+
+    def answer(self) -> Answer:
+        if self.process.returncode == 0:
+            return Answer(self.node)
+        self._stderr.seek(0)
+        said = self._stderr.read().decode(errors="replace").strip()
+        detail = one_line(said.splitlines()[-1] if said else f"exit {self.process.returncode}")
+        if "Permission denied" in said or "Too many authentication failures" in said:
+            return Answer(self.node, "key", detail)
+        if "Host key verification failed" in said or "HOST IDENTIFICATION HAS CHANGED" in said:
+            return Answer(self.node, "host key", detail)
+        return Answer(self.node, "unreachable", detail)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._stderr.close()
 
 
 def _server(url: str) -> str:

@@ -104,6 +104,7 @@ class LiveProgress(Progress):
         self._rows: dict[str, dict[str, Any]] = {}
         self._now = ""
         self._headline = ""
+        self._failures: list[str] = []
 
     @contextmanager
     def showing(self, request: Request, state: RunState) -> Iterator[None]:
@@ -124,8 +125,12 @@ class LiveProgress(Progress):
                 "elapsed": done.elapsed_s if kept else None,
                 "says": done.says if kept else "",
             }
-        with Live(get_renderable=self._table, console=self._console, refresh_per_second=4, transient=False):
-            yield
+        try:
+            with Live(get_renderable=self._table, console=self._console, refresh_per_second=4):
+                yield
+        finally:
+            for line in self._failures:
+                self._console.print(line, style="red", markup=False, highlight=False)
 
     def _table(self) -> Table:
         from rich.table import Table
@@ -165,8 +170,7 @@ class LiveProgress(Progress):
     def end(self, step: Step, result: Result, elapsed: float) -> None:
         with self._mutex:
             self._rows[step.id].update(state=result.outcome, elapsed=elapsed, says=result.says)
-        for line in failure_lines(result):
-            self._console.print(line, style="red", markup=False, highlight=False)
+        self._failures += failure_lines(result)
 
     def note(self, text: str) -> None:
         self._line(text)
