@@ -127,14 +127,14 @@ counts:
   sample: {"pass": 41, "changed": 0, "failed": 0, "excluded": 1, "not_applicable": 12}
 """
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import Hardening
+from ansible_collections.censuschat.infra.plugins.module_utils.node.quiet import QuietModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
 
 
 def main() -> None:
-    module = AnsibleModule(
+    module = QuietModule(
         argument_spec={
             "catalogue": {"type": "path"},
             "profile": {

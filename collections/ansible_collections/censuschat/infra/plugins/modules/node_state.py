@@ -255,19 +255,11 @@ actions:
 import os
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
+from ansible_collections.censuschat.infra.plugins.module_utils.node.quiet import QuietModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_host import Executor, observe
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Desired, diff_of
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_plan import plan
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
-
-
-class StateModule(AnsibleModule):
-    """Keeps file contents out of the node's journal: some of them are secrets."""
-
-    def _log_invocation(self) -> None:
-        paths = [f.get("path") for f in self.params["files"]]
-        self.log(f"node_state: files {paths}, services {[s['name'] for s in self.params['services']]}")
 
 
 def attributed(**options: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +278,7 @@ def listed(kind: str, options: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def main() -> None:
-    module = StateModule(
+    module = QuietModule(
         argument_spec={
             "hostname": {"type": "str"},
             "packages": {

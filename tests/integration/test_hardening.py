@@ -1,0 +1,379 @@
+"""Hardening on the running lab: check mode, apply, convergence, drift of what runs, and sshd under sabotage.
+
+The trials change the witness, which no other test cuts off, and leave it hardened; every test ends with a node
+that a new ssh connection reaches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+INVENTORY = os.environ.get("CENSUSCHAT_INVENTORY", "inventories/lab")
+NODE = "witness1"
+DROP_IN = "/etc/ssh/sshd_config.d/00-censuschat.conf"
+PENDING = "/var/lib/censuschat-sshd/pending"
+BIN = Path(sys.executable).parent
+
+# What each kind of state looks like when it has drifted, so that every domain has something to repair.
+DRIFT = """
+set -eu
+rm -f /etc/sysctl.d/99-zz-censuschat.conf /etc/systemd/journald.conf.d/60-censuschat.conf
+rm -f /etc/sudoers.d/60-censuschat-log /etc/security/limits.d/60-censuschat-core.conf
+rm -rf /etc/security/pwquality.conf.d
+sysctl -qw net.ipv4.conf.all.accept_redirects=1 net.ipv4.conf.eth0.send_redirects=1
+sed -i 's/^PASS_MAX_DAYS.*/PASS_MAX_DAYS 99999/' /etc/login.defs
+chmod 0666 /etc/shells
+chmod 0755 /etc/cron.d /home/ops
+echo changed > /etc/issue
+systemctl -q unmask rsync.service
+rm -f /etc/ssh/sshd_config.d/00-censuschat.conf
+systemctl reload ssh.service
+"""
+# Everything a check mode run could have written: files with owner and mode, kernel values, units, sshd's start.
+FINGERPRINT = """
+find /etc /home/ops /root -xdev -type f -not -path '*/.ansible/*' \
+  -printf '%p %u %g %m %C@ ' -exec sha256sum {} ';' | sort
+ls -la /var/lib/censuschat-sshd
+sysctl -a --pattern '^net\\.(ipv4|ipv6)\\.(conf|icmp|tcp)' 2>/dev/null | sort
+systemctl list-unit-files --no-pager
+systemctl show ssh.service systemd-journald.service -p ActiveEnterTimestamp -p StateChangeTimestamp
+"""
+
+
+class Play:
+    """The outcome of one ansible-playbook run."""
+
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
+        self.code = done.returncode
+        self.text = done.stdout + done.stderr
+        start = done.stdout.index("{")
+        self.data: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[start:])[0]
+
+    @property
+    def changed(self) -> int:
+        return sum(int(host["changed"]) for host in self.data["stats"].values())
+
+    def result(self, name: str, host: str = NODE) -> dict[str, Any]:
+        """The result of the task whose name ends with `name`."""
+        for play in self.data["plays"]:
+            for task in play["tasks"]:
+                if task["task"]["name"].endswith(name) and host in task["hosts"]:
+                    found: dict[str, Any] = task["hosts"][host]
+                    return found
+        raise AssertionError(f"no task {name} ran on {host}: {self.text[-2000:]}")
+
+    def controls(self) -> dict[str, str]:
+        """Control id to result."""
+        report = self.result("Hold the node to its hardening profile")
+        return {control["id"]: control["result"] for control in report["controls"]}
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
+
+
+def command(playbook: Path, *options: str, limit: str = NODE) -> list[str]:
+    return [str(BIN / "ansible-playbook"), "-i", INVENTORY, "-l", limit, str(playbook), *options]
+
+
+def play(playbook: Path, *options: str, limit: str = NODE) -> Play:
+    done = subprocess.run(
+        command(playbook, *options, limit=limit),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return Play(done)
+
+
+def harden(*options: str, limit: str = NODE) -> Play:
+    return play(ROOT / "playbooks/harden.yml", *options, limit=limit)
+
+
+def on_node(script: str, *, fresh: bool = False) -> str:
+    """Run a shell script as root on the node; `fresh` over a connection of its own."""
+    arguments = ["-i", INVENTORY, NODE, "-b", "-m", "ansible.builtin.shell", "-a", script]
+    env = {**environment(), "ANSIBLE_LOAD_CALLBACK_PLUGINS": "1"}
+    if fresh:
+        env["ANSIBLE_SSH_ARGS"] = "-o ControlMaster=no -o ControlPath=none -o ConnectTimeout=5"
+    done = subprocess.run(
+        [str(BIN / "ansible"), *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    outcome = Play(done).data["plays"][0]["tasks"][0]["hosts"][NODE]
+    assert not outcome.get("failed") and not outcome.get("unreachable"), outcome
+    return str(outcome["stdout"])
+
+
+def sshd_task(settings: dict[str, Any], name: str = "Change sshd", revert_after: int = 60) -> dict[str, Any]:
+    """A task that asks for these sshd settings and nothing else."""
+    module = {"settings": settings, "revert_after": revert_after}
+    return {"name": name, "become": True, "censuschat.infra.sshd_config": module}
+
+
+def sshd_play(tmp_path: Path, settings: dict[str, Any], revert_after: int = 60) -> Path:
+    """A playbook of that one task."""
+    tasks = [sshd_task(settings, revert_after=revert_after)]
+    path = tmp_path / "sshd.yml"
+    path.write_text(yaml.safe_dump([{"hosts": NODE, "gather_facts": False, "tasks": tasks}]))
+    return path
+
+
+def drop_in() -> str:
+    return on_node(f"cat {DROP_IN}; stat -c '%u %g %a' {DROP_IN}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hardened() -> Iterator[None]:
+    """The node is hardened before the first and after the last test, whatever a test did to it."""
+    first = harden()
+    assert first.code == 0, first.text[-3000:]
+    yield
+    last = harden()
+    assert last.code == 0, last.text[-3000:]
+    assert harden().changed == 0
+
+
+def test_check_mode_is_the_apply_and_a_second_run_plans_nothing() -> None:
+    on_node(DRIFT)
+    before = on_node(FINGERPRINT)
+    planned = harden("--check", "--diff")
+    assert planned.code == 0, planned.text[-3000:]
+    assert on_node(FINGERPRINT) == before, "check mode changed the node"
+    applied = harden("--diff")
+    assert applied.code == 0, applied.text[-3000:]
+    assert planned.controls() == applied.controls()
+    repaired = {identifier for identifier, result in applied.controls().items() if result == "changed"}
+    assert {
+        "core_dumps_limits",
+        "banners_login",
+        "logging_journal_persistent",
+        "passwords_aging",
+        "passwords_quality",
+        "permissions_account_files",
+        "permissions_cron",
+        "permissions_home_directories",
+        "services_rsync",
+        "sshd_root_login",
+        "sudo_log",
+        "sysctl_accept_redirects",
+        "sysctl_send_redirects",
+    } <= repaired
+    assert "failed" not in applied.controls().values()
+    second = harden()
+    assert (second.code, second.changed) == (0, 0)
+    assert set(second.controls().values()) == {"pass", "not_applicable"}
+    again = harden("--check")
+    assert (again.code, again.changed) == (0, 0)
+    running = on_node("sysctl -n net.ipv4.conf.all.accept_redirects net.ipv4.conf.eth0.send_redirects; sshd -T")
+    assert running.splitlines()[:2] == ["0", "0"]
+    assert "permitrootlogin no" in running.splitlines()
+
+
+def test_kernel_value_that_drifted_from_its_file_is_found_and_put_back() -> None:
+    on_node("sysctl -qw net.ipv4.conf.default.rp_filter=0")
+    audit = harden("-e", "hardening_audit_only=true")
+    assert (audit.code, audit.changed) == (0, 0)
+    assert audit.controls()["sysctl_rp_filter"] == "failed"
+    assert on_node("sysctl -n net.ipv4.conf.default.rp_filter") == "0"
+    applied = harden()
+    assert {i for i, r in applied.controls().items() if r == "changed"} == {"sysctl_rp_filter"}
+    assert on_node("sysctl -n net.ipv4.conf.default.rp_filter") == "1"
+
+
+def test_container_leaves_the_machines_kernel_alone() -> None:
+    report = harden().result("Hold the node to its hardening profile")
+    aslr = next(c for c in report["controls"] if c["id"] == "sysctl_aslr")
+    assert aslr["result"] == "not_applicable"
+    assert "container" in aslr["detail"]
+    keys = on_node("grep -v '^#' /etc/sysctl.d/99-zz-censuschat.conf").splitlines()
+    assert keys and all(key.startswith("net.") for key in keys)
+
+
+def test_sshd_that_runs_an_older_configuration_is_reloaded() -> None:
+    """The file is right and the daemon never read it: a dropped handler, as others leave it behind."""
+    on_node(f"mv {DROP_IN} /root/kept && systemctl reload ssh.service && sleep 1 && mv /root/kept {DROP_IN}")
+    planned = harden("--check").controls()
+    assert planned["sshd_root_login"] == "changed"
+    before = on_node("journalctl -u ssh.service -o cat | grep -cx 'Received SIGHUP; restarting.'")
+    applied = harden()
+    assert applied.code == 0, applied.text[-3000:]
+    assert applied.controls()["sshd_root_login"] == "changed"
+    assert on_node("journalctl -u ssh.service -o cat | grep -cx 'Received SIGHUP; restarting.'") == str(int(before) + 1)
+    assert harden().changed == 0
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "allow users": ({"AllowUsers": ["nobody"]}, "AllowUsers nobody does not let ops in"),
+    "allow groups": ({"AllowGroups": ["wheel"]}, "AllowGroups wheel holds none of ops's groups"),
+    "no keys": ({"PubkeyAuthentication": False}, "leaves ops without its key"),
+    "other keys": ({"AuthorizedKeysFile": "/etc/none"}, "holds a key of ops"),
+    "algorithm": ({"KexAlgorithms": ["rot13"]}, "sshd does not accept the new configuration"),
+    "keyword": ({"PermitRotLogin": "no"}, "sshd does not accept the new configuration"),
+    "port": ({"Port": 2222}, "first listen on the old and the new port"),
+    "match": ({"Match": "User ops"}, "Match blocks are not settings"),
+}
+
+
+@pytest.mark.parametrize("mode", ["--diff", "--check"])
+def test_sshd_changes_that_would_lock_out_are_refused(tmp_path: Path, mode: str) -> None:
+    before = drop_in()
+    path = tmp_path / "refused.yml"
+    tasks = [
+        {"block": [sshd_task(settings, name)], "rescue": [{"ansible.builtin.meta": "noop"}]}
+        for name, (settings, _cause) in REFUSED.items()
+    ]
+    path.write_text(yaml.safe_dump([{"hosts": NODE, "gather_facts": False, "tasks": tasks}]))
+    outcome = play(path, mode)
+    for name, (_settings, cause) in REFUSED.items():
+        result = outcome.result(name)
+        assert result["failed"] is True, name
+        assert cause in result["msg"], name
+    assert drop_in() == before
+    assert on_node(f"test ! -e {PENDING} && echo none", fresh=True) == "none"
+
+
+def test_sshd_change_that_only_the_live_proof_finds_is_undone_at_once(tmp_path: Path) -> None:
+    """sshd takes the setting, but has no host key for it: no client can connect any more."""
+    before = drop_in()
+    started = time.monotonic()
+    outcome = play(sshd_play(tmp_path, {"HostKeyAlgorithms": ["ecdsa-sha2-nistp256"]}))
+    assert outcome.code == 2
+    message = outcome.result("Change sshd")["msg"]
+    assert "no new connection was possible" in message
+    assert "It was undone and sshd reloaded" in message
+    assert time.monotonic() - started < 55, "undone by the timer instead of the controller"
+    assert on_node("true", fresh=True) == ""
+    assert drop_in() == before
+    assert on_node(f"ls {PENDING} /etc/systemd/system/censuschat-sshd* 2>/dev/null; true") == ""
+
+
+def test_second_port_beside_the_first_is_proven_and_kept(tmp_path: Path) -> None:
+    outcome = play(sshd_play(tmp_path, {"Port": [22, 2222], "PermitRootLogin": False}))
+    assert outcome.code == 0, outcome.text[-3000:]
+    assert outcome.result("Change sshd")["proof"] == "a new connection ran a command"
+    listening = on_node("ss -Hltn 'sport = :22 or sport = :2222' | awk '{print $4}' | sort -u", fresh=True)
+    assert {entry.rsplit(":", 1)[1] for entry in listening.split()} == {"22", "2222"}
+    assert play(sshd_play(tmp_path, {"Port": [22, 2222], "PermitRootLogin": False})).changed == 0
+    assert harden().code == 0
+    assert ":2222" not in on_node("ss -Hltn", fresh=True)
+
+
+def family(pid: int) -> list[int]:
+    """`pid` and all its descendants: Ansible's workers have sessions of their own and outlive their parent."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [pid]
+    for member in found:
+        found += children.get(member, [])
+    return found
+
+
+def armed_and_controller_killed(tmp_path: Path, revert_after: int) -> None:
+    """Start a change whose proof hangs, and kill the controller with SIGKILL while it waits for it."""
+    shut = (
+        "nft add table inet trial && nft 'add chain inet trial input { type filter hook input priority filter; }' && "
+        "nft add rule inet trial input tcp dport 22 ct state new drop"
+    )
+    watch = f"for i in $(seq 1200); do test -e {PENDING} && systemctl -q is-active censuschat-sshd-revert.timer && "
+    watch += "sshd -T | grep -qx 'logingracetime 33' && exit 0; sleep 0.05; done; exit 1"
+    on_node(shut)
+    with subprocess.Popen(
+        command(sshd_play(tmp_path, {"LoginGraceTime": 33}, revert_after)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as controller:
+        try:
+            on_node(watch)
+            time.sleep(0.5)
+            assert controller.poll() is None, "the controller ended before it could be killed"
+        finally:
+            for pid in family(controller.pid):
+                os.kill(pid, signal.SIGKILL)
+    on_node("nft delete table inet trial")
+
+
+def test_dead_controller_leaves_the_timer_to_undo_the_change(tmp_path: Path) -> None:
+    before = drop_in()
+    armed_and_controller_killed(tmp_path, revert_after=25)
+    assert "LoginGraceTime 33" in on_node(f"cat {DROP_IN}"), "the trial did not stop between reload and proof"
+    meanwhile = play(sshd_play(tmp_path, {"LoginGraceTime": 44}))
+    assert meanwhile.code == 2
+    assert "still waits for its proof" in meanwhile.result("Change sshd")["msg"]
+    deadline = time.monotonic() + 40
+    while drop_in() != before:
+        assert time.monotonic() < deadline, "the timer did not undo the change"
+        time.sleep(1)
+    assert "logingracetime 60" in on_node("sshd -T", fresh=True).splitlines()
+    assert on_node(f"ls {PENDING} /etc/systemd/system/censuschat-sshd* 2>/dev/null; true") == ""
+    after = harden()
+    assert (after.code, after.changed) == (0, 0)
+
+
+def test_dead_controller_and_lost_timer_are_settled_by_the_next_run(tmp_path: Path) -> None:
+    """As after a restart of the node: the timer is gone, the unproven change is not."""
+    before = drop_in()
+    armed_and_controller_killed(tmp_path, revert_after=300)
+    on_node("systemctl stop censuschat-sshd-revert.timer")
+    outcome = play(sshd_play(tmp_path, {"LoginGraceTime": 44}), "--check")
+    assert outcome.code == 0
+    assert "LoginGraceTime 33" in on_node(f"cat {DROP_IN}"), "check mode settled the earlier change"
+    after = harden()
+    assert after.code == 0, after.text[-3000:]
+    assert drop_in() == before
+    assert on_node(f"ls {PENDING} 2>/dev/null; true", fresh=True) == ""
+
+
+@pytest.mark.parametrize(
+    ("choices", "sentence"),
+    [
+        ({"hardening_exclude": {"sshd_baner": "a typing error"}}, "did you mean sshd_banner?"),
+        ({"hardening_exclude": {"sshd_banner": ""}}, "sshd_banner needs its reason in words"),
+        ({"hardening_overrides": {"sshd_banner": {"sshdd": {}}}}, "not sshdd"),
+        ({"hardening_include": ["nothing_like_it"]}, "control 'nothing_like_it' is not in the catalogue"),
+        ({"hardening_profile": "paranoid"}, "paranoid"),
+    ],
+)
+def test_choice_that_cannot_be_stops_before_the_node_is_touched(choices: dict[str, Any], sentence: str) -> None:
+    outcome = harden("-e", json.dumps(choices))
+    assert outcome.code == 2
+    assert sentence in outcome.text
+    assert outcome.data["stats"][NODE]["changed"] == 0
+
+
+def test_exclusion_and_override_are_reported_and_held() -> None:
+    choices = {
+        "hardening_exclude": {"sshd_banner": "programs here read ssh's standard error"},
+        "hardening_overrides": {"sshd_grace": {"sshd": {"LoginGraceTime": 30}}},
+    }
+    applied = harden("-e", json.dumps(choices))
+    assert applied.code == 0, applied.text[-3000:]
+    report = applied.result("Hold the node to its hardening profile")
+    excluded = [c for c in report["controls"] if c["result"] == "excluded"]
+    assert [(c["id"], c["detail"]) for c in excluded] == [("sshd_banner", "programs here read ssh's standard error")]
+    effective = on_node("sshd -T", fresh=True).splitlines()
+    assert "banner none" in effective
+    assert "logingracetime 30" in effective
+    assert harden("-e", json.dumps(choices)).changed == 0
+    assert harden().code == 0
