@@ -273,15 +273,16 @@ def _end(request: Request, state: RunState, code: int) -> int:
 
 
 def _print_figures(result: dict[str, Any], stream: Any) -> None:
+    from runbooks import report
+
     print(result["verdict"]["text"], file=stream)
     rows = []
     for check in result["checks"]:
-        unit = f" {check['unit']}" if check["unit"] else ""
-        measured = "not measured" if check["measured"] is None else f"{check['measured']:g}{unit}"
+        target = "" if check["target"] is None else f"target {check['target']:g} {check['unit']}".strip()
         met = {True: "met", False: "MISSED", None: ""}[check["met"]]
-        rows.append((f"  {check['title']}", measured, f"target {check['target']:g}{unit}", met))
+        rows.append((f"  {check['title']}", report.figure(check), target, met))
     if result["figures"]["lease_wait_s"] is not None:
-        rows.append(("  of which waited for the lease", f"{result['figures']['lease_wait_s']:g} s", "", ""))
+        rows.append(("  of which waited for the lease", f"{result['figures']['lease_wait_s']:.1f} s", "", ""))
     _columns(rows, stream)
     print(f"Report: {result['paths']['html']}", file=stream)
 

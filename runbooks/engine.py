@@ -106,6 +106,8 @@ class Session:
     warm: Warm
     progress: Progress
     stop: Stop
+    asked: float = field(default_factory=time.time)
+    """Unix seconds when the operator gave the command."""
 
 
 # -- before anything is touched
@@ -222,6 +224,7 @@ def start(request: Request, session: Session) -> tuple[RunState, int]:
                 "parameters": request.parameters,
                 "steps": [step.id for step in request.definition.steps],
                 "left_out": request.left_out,
+                "asked": session.asked,
             },
         )
         remember(request.environment.name, journal.directory)

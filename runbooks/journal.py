@@ -146,6 +146,7 @@ class RunState:
     ended: float | None = None
     ended_mono: float | None = None
     resumed: int = 0
+    asked: float = 0.0
 
     @property
     def outputs(self) -> dict[str, Any]:
@@ -181,6 +182,7 @@ def fold(records: Iterable[Record]) -> RunState:
                 boot=data["boot"],
                 steps={step: StepState(step) for step in data["steps"]},
                 left_out=data.get("left_out", []),
+                asked=data.get("asked", record.wall),
             )
         elif record.kind == "run_resumed":
             state.state, state.reason, state.ended, state.ended_mono = "running", "", None, None

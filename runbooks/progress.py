@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from runbooks.definition import Step
+from runbooks.definition import Definition, Step
 from runbooks.journal import RunState
 from runbooks.step import Activity, Result
 
@@ -63,9 +63,15 @@ class Progress:
         self._line(text)
 
 
+def given(definition: Definition, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters without those that are as they are when nobody thinks of them."""
+    known = definition.parameters
+    return {name: value for name, value in parameters.items() if name not in known or known[name].default != value}
+
+
 def headline(request: Request) -> str:
-    parameters = " ".join(f"{k}={v}" for k, v in request.parameters.items())
     runbook = request.definition
+    parameters = " ".join(f"{k}={v}" for k, v in given(runbook, request.parameters).items())
     return f"{runbook.title}: {runbook.name} {parameters} on {request.environment.name}, run {request.run}"
 
 

@@ -17,6 +17,7 @@ from runbooks.definition import Definition
 from runbooks.environment import Environment
 from runbooks.errors import Problem
 from runbooks.journal import Journal, RunState
+from runbooks.progress import given, seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -39,10 +40,12 @@ def build(journal: Journal, run: str, definition: Definition, environment: Envir
         "who": state.who,
         "host": state.host,
         "parameters": state.parameters,
+        "given": given(definition, state.parameters),
         "state": state.state,
         "reason": state.reason,
         "resumed": state.resumed,
         "left_out": state.left_out,
+        "asked": state.asked,
         "started": state.started,
         "ended": state.ended,
         "elapsed_s": None if state.ended is None else round(state.ended - state.started, 3),
@@ -84,7 +87,7 @@ def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str) -> dict
         missed = [c["title"] for c in checks if c["met"] is False]
         if missed:
             return {"level": "bad", "text": f"Done, but targets were missed: {', '.join(missed)}."}
-        unknown = [c["title"] for c in checks if c["met"] is None]
+        unknown = [c["title"] for c in checks if c["measured"] is None]
         if unknown and why_not:
             return {"level": "warn", "text": f"Done. Not measured: {why_not}."}
         if unknown:
@@ -169,37 +172,41 @@ def _round(value: float | None) -> float | None:
 
 
 def _checks(figures: Mapping[str, Any], targets: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each target of the runbook with what was measured; met is None when nothing was."""
+    """Each figure with its target (None: it has none); met is None when one of the two is missing."""
+    if not targets:
+        return []
     titles = {
         "rto_s": ("Service back for its clients", "s"),
         "rto_database_s": ("Database accepts writes again", "s"),
         "rpo_s": ("Data lost, as time", "s"),
         "lost_acknowledged": ("Acknowledged writes lost", ""),
+        "two_writers_ms": ("Time with two writers", "ms"),
     }
-    rows = [
-        {
-            "name": name,
-            "title": titles[name][0],
-            "unit": titles[name][1],
-            "target": float(target),
-            "measured": figures[name],
-            "met": None if figures[name] is None else figures[name] <= float(target),
-        }
-        for name, target in targets.items()
-    ]
-    if rows:
-        two = figures["two_writers_ms"]
+    rows = []
+    for name, (title, unit) in titles.items():
+        target = 0 if name == "two_writers_ms" else targets.get(name)
+        measured = figures[name]
+        met = None if measured is None or target is None else measured <= float(target)
         rows.append(
             {
-                "name": "two_writers_ms",
-                "title": "Time with two writers",
-                "unit": "ms",
-                "target": 0.0,
-                "measured": two,
-                "met": None if two is None else two == 0,
+                "name": name,
+                "title": title,
+                "unit": unit,
+                "target": None if target is None else float(target),
+                "measured": measured,
+                "met": met,
             }
         )
     return rows
+
+
+def figure(check: Mapping[str, Any]) -> str:
+    """A measured figure for people: a tenth of a second is precise enough, a count is a count."""
+    value, unit = check["measured"], check["unit"]
+    if value is None:
+        return "not measured"
+    text = f"{value:.1f}" if unit == "s" else f"{value:g}"
+    return f"{text} {unit}".strip()
 
 
 def _step(definition: Definition, state: RunState, name: str) -> dict[str, Any]:
@@ -224,8 +231,6 @@ def html(report: Mapping[str, Any]) -> str:
     """One page that needs nothing beside it."""
     import jinja2
 
-    from runbooks.progress import seconds
-
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -234,6 +239,7 @@ def html(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["seconds"] = seconds
+    environment.filters["figure"] = figure
     environment.filters["clock"] = lambda t: time.strftime("%H:%M:%S", time.localtime(t))
     environment.filters["moment"] = lambda t: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(t))
     return environment.get_template("report.html.j2").render(r=report, chart=chart(report))
@@ -243,14 +249,16 @@ def chart(report: Mapping[str, Any]) -> dict[str, Any]:
     """The timeline as percentages of its whole width: bars of the steps, marks of the clients."""
     steps = [s for s in report["steps"] if s["started"] is not None]
     clock = _wall_of_ledger(report)
-    begin, end = report["started"], max([report["ended"] or report["made"], *(s["ended"] or 0 for s in steps)])
-    begin, end = min([begin, *clock.values()]), max([end, *clock.values()])
+    end = max([report["ended"] or report["made"], *(s["ended"] or 0 for s in steps)])
+    begin, end = min([report["asked"], *clock.values()]), max([end, *clock.values()])
     span = max(end - begin, 0.001)
 
     def at(moment: float) -> float:
         return float(round(100 * (moment - begin) / span, 3))
 
-    bars = []
+    checked = {"id": "(checks)", "outcome": "ok", "elapsed_s": report["started"] - report["asked"]}
+    left, right = at(report["asked"]), at(report["started"])
+    bars: list[dict[str, Any]] = [{"step": checked, "left": left, "width": max(right - left, 0.3), "wait": 0}]
     for step in report["steps"]:
         if step["started"] is None:
             bars.append({"step": step, "left": 0, "width": 0, "wait": 0})

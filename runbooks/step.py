@@ -54,7 +54,7 @@ class PlaybookProcess:
 
     def __init__(self, playbook: Path, inventory: Path, run: str, directory: Path, timeout_s: float) -> None:
         self.playbook = playbook
-        self._events = _Events()
+        self._events = Events()
         self._cancelled = threading.Event()
         self._on_activity: Callable[[Activity], None] = lambda _: None
         self._started: float | None = None
@@ -158,7 +158,7 @@ class PlaybookProcess:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-class _Events:
+class Events:
     """Collects what ansible-runner's events say about the step."""
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ class _Events:
         return None
 
     def result(self, outcome: StepOutcome, reason: str = "") -> Result:
-        failures = list(self.failures) if outcome != "ok" else []
+        failures = _together(self.failures) if outcome != "ok" else []
         if reason:
             failures.append({"host": "", "task": self.activity.task, "message": reason})
         if outcome == "failed" and not failures:
@@ -203,6 +203,14 @@ class _Events:
         outputs = {k: v for k, v in self.outputs.items() if k != "says"}
         changed = [{"task": task, "hosts": sorted(hosts)} for task, hosts in self.changed.items()]
         return Result(outcome, outputs, str(self.outputs.get("says", "")), changed, failures)
+
+
+def _together(failures: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """One failure for all hosts that say the same about a task."""
+    hosts: dict[tuple[str, str], list[str]] = {}
+    for failure in failures:
+        hosts.setdefault((failure["task"], failure["message"]), []).append(failure["host"])
+    return [{"host": ", ".join(names), "task": task, "message": text} for (task, text), names in hosts.items()]
 
 
 def message(res: Mapping[str, Any]) -> str:

@@ -109,7 +109,7 @@ def test_shipped_catalogue_is_whole(shipped: dict[str, Control]) -> None:
 
 
 def test_shipped_controls_do_not_contradict_each_other(shipped: dict[str, Control]) -> None:
-    Hardening([c.wire() for c in shipped.values()], "ops", Commands())
+    Hardening([c.wire() for c in shipped.values()], True, Commands())
 
 
 def test_containers_never_write_the_machines_kernel(shipped: dict[str, Control]) -> None:
@@ -201,7 +201,7 @@ def test_controls_that_want_different_things_are_named() -> None:
     other = example(id="other", state={"sysctl": {"net.ipv4.tcp_syncookies": 0}})
     both = catalogue([("own.yml", [example(), other])])
     with pytest.raises(NodeError, match=r"controls example and other want different things of net.ipv4.tcp_syncookies"):
-        Hardening([c.wire() for c in both.values()], "", Commands())
+        Hardening([c.wire() for c in both.values()], True, Commands())
 
 
 @pytest.mark.parametrize(
