@@ -41,7 +41,7 @@ class ActionModule(ActionBase):
         sent = {
             "controls": [c.wire() for c in selection.controls],
             "audit_only": arguments.get("audit_only", False),
-            "login_user": sshd_guard.login_user(self),
+            "provable": sshd_guard.by_ssh(self),
         }
         done: dict[str, Any] = self._execute_module("censuschat.infra.node_harden", sent, task_vars=task_vars)
         result.update(done)

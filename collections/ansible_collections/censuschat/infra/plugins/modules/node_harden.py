@@ -55,10 +55,10 @@ options:
     type: list
     elements: dict
     default: []
-  login_user:
-    description: Set by the action plugin. The user whose ssh login must survive.
-    type: str
-    default: ""
+  provable:
+    description: Set by the action plugin. Whether it can open a new ssh connection as proof of an sshd change.
+    type: bool
+    default: false
 attributes:
   action:
     description:
@@ -148,12 +148,12 @@ def main() -> None:
             "own": {"type": "list", "elements": "dict", "default": []},
             "audit_only": {"type": "bool", "default": False},
             "controls": {"type": "list", "elements": "dict", "default": []},
-            "login_user": {"type": "str", "default": ""},
+            "provable": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     try:
-        hardening = Hardening(module.params["controls"], module.params["login_user"], Commands())
+        hardening = Hardening(module.params["controls"], module.params["provable"], Commands())
         outcome = hardening.run(check=module.check_mode, audit=module.params["audit_only"])
     except NodeError as error:
         module.fail_json(msg=str(error))

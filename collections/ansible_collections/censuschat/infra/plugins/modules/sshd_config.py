@@ -34,10 +34,12 @@ options:
     description: Seconds after which the node undoes a change that nobody proved, at least 20.
     type: int
     default: 60
-  login_user:
-    description: The user whose login must survive. Set by the action plugin to the user of the present ssh connection.
-    type: str
-    default: ""
+  provable:
+    description:
+      - Set by the action plugin. Whether it can open a new connection as proof. A run that came in by ssh and cannot is
+        refused a change.
+    type: bool
+    default: false
   phase:
     description:
       - Set by the action plugin. V(apply) plans, and unless in check mode arms, writes and reloads. V(confirm) and
@@ -69,8 +71,8 @@ requirements:
 notes:
   - Needs root on the node (C(become)).
   - A changed port is taken when the old one stays beside it; without the present port the change is refused.
-  - Over a connection other than ssh there is no login to prove; the change is kept when sshd comes back from its
-    reload.
+  - A run that did not come in by ssh (C(podman), C(local)) has no login to prove; its change is kept when sshd comes
+    back from its reload.
 """
 
 EXAMPLES = r"""
@@ -131,9 +133,7 @@ def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
         sshd_host.settle(commands)
     observed = sshd_host.observe(commands)
     actions = sshd_plan.plan(settings, observed)
-    user = module.params["login_user"]
-    login = sshd_host.present_login(user) if user else None
-    sshd_host.prove_candidate(settings, actions, login, commands)
+    sshd_host.prove_candidate(settings, actions, module.params["provable"], commands)
     result = {"changed": bool(actions), "actions": [a.public() for a in actions], "diff": diff_of(actions)}
     if sshd_host.last_revert():
         result["last_revert"] = sshd_host.last_revert()
@@ -147,7 +147,7 @@ def main() -> None:
         argument_spec={
             "settings": {"type": "dict", "required": True},
             "revert_after": {"type": "int", "default": 60},
-            "login_user": {"type": "str", "default": ""},
+            "provable": {"type": "bool", "default": False},
             "phase": {"type": "str", "choices": ["apply", "confirm", "revert"], "default": "apply"},
             "token": {"type": "str", "default": "", "no_log": False},
         },

@@ -17,18 +17,13 @@ _OWN_CONNECTION = "-o ControlMaster=no -o ControlPath=none -o BatchMode=yes -o C
 
 
 def by_ssh(action: ActionBase) -> bool:
-    """Whether the present connection is ssh, so that there is a login to lose and to prove."""
+    """Whether the present connection is OpenSSH's, of which a second one can be opened as proof."""
     return str(action._connection.transport) == "ssh"
-
-
-def login_user(action: ActionBase) -> str:
-    """The user of the present ssh connection; "" when it is not ssh or ssh's own configuration decides."""
-    return str(action._connection.get_option("remote_user") or "") if by_ssh(action) else ""
 
 
 def change(action: ActionBase, arguments: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
     """Run the whole change with `arguments` of the module; returns its result, failed when it was undone."""
-    arguments = {**arguments, "login_user": login_user(action)}
+    arguments = {**arguments, "provable": by_ssh(action)}
     result: dict[str, Any] = action._execute_module(MODULE, arguments, task_vars=task_vars)
     token = result.pop("token", "")
     if result.get("failed") or not token:

@@ -118,9 +118,9 @@ class Outcome:
 class Hardening:
     """One call: all controls of one node."""
 
-    def __init__(self, controls: Sequence[Mapping[str, Any]], login_user: str, commands: Commands) -> None:
+    def __init__(self, controls: Sequence[Mapping[str, Any]], provable: bool, commands: Commands) -> None:
         self.controls = [Held.of(c) for c in controls]
-        self.login_user = login_user
+        self.provable = provable
         self.commands = commands
         self._refuse_conflicts()
 
@@ -219,17 +219,27 @@ class Hardening:
         self._write_union("sysctl_file", SYSCTL_FILE, harden_plan.render_sysctl(self._all_sysctl()))
         modules = [m for c in self._active for m in c.modules]
         self._write_union("module_file", MODPROBE_FILE, harden_plan.render_modules(modules))
+        switched = self._switch()
         for control in self._active:
             executor = state_host.Executor(control.node, self.commands)
             try:
                 for action in control.actions:
                     if action.kind != "package":
-                        self._apply_one(action, executor)
+                        if not (switched and state_host.switches(action)):
+                            self._apply_one(action, executor)
                         done[control.id].append(action)
             except (NodeError, OSError) as error:
                 control.error = str(error)
             control.changed = bool(done[control.id])
         return done
+
+    def _switch(self) -> bool:
+        """Enable, mask and so on for all controls together; False when that failed and each is to try its own."""
+        try:
+            state_host.Executor(Desired(), self.commands).switch([a for c in self._active for a in c.actions])
+        except NodeError:
+            return False
+        return True
 
     def _all_sysctl(self) -> dict[str, str]:
         return {key: value for c in self._active for key, value in c.sysctl.items()}
@@ -283,8 +293,7 @@ class Hardening:
         try:
             observed = sshd_host.observe(self.commands)
             actions = sshd_plan.plan(settings, observed)
-            login = sshd_host.present_login(self.login_user) if self.login_user else None
-            sshd_host.prove_candidate(settings, actions, login, self.commands)
+            sshd_host.prove_candidate(settings, actions, self.provable, self.commands)
         except NodeError as error:
             for control in controls:
                 control.error = str(error)

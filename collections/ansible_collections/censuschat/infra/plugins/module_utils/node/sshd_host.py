@@ -73,22 +73,30 @@ def observe(commands: Commands) -> SshdObserved:
     )
 
 
-def present_login(user: str) -> Login | None:
-    """The ssh login this process came through, found in its ancestors' environment; None without one."""
+def present_login() -> Login | None:
+    """The ssh login this process came through, found in its ancestors' environment; None without one.
+
+    The outermost process below sshd is the login's own: sudo further in may say another user.
+    """
     pid = os.getpid()
+    found: dict[str, str] = {}
     while pid > 1:
         try:
-            with open(f"/proc/{pid}/environ", "rb") as handle:
-                environment = handle.read().split(b"\0")
+            with open(f"/proc/{pid}/environ", encoding="utf-8", errors="replace") as handle:
+                environment = dict(entry.split("=", 1) for entry in handle.read().split("\0") if "=" in entry)
             with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as handle:
-                pid = int(handle.read().rsplit(")", 1)[1].split()[1])
+                before, after = handle.read().rsplit(")", 1)
         except OSError:
-            return None
-        for entry in environment:
-            if entry.startswith(b"SSH_CONNECTION="):
-                client, _client_port, server, port = entry.split(b"=", 1)[1].decode().split()
-                return login_of(user, client, server, int(port))
-    return None
+            break
+        if before.split("(", 1)[1].startswith("sshd"):
+            break
+        if "SSH_CONNECTION" in environment and "USER" in environment:
+            found = environment
+        pid = int(after.split()[1])
+    if not found:
+        return None
+    client, _client_port, server, port = found["SSH_CONNECTION"].split()
+    return login_of(found["USER"], client, server, int(port))
 
 
 def login_of(user: str, client: str, server: str, port: int) -> Login:
@@ -136,14 +144,18 @@ def effective_of(config: str, login: Login | None, commands: Commands) -> dict[s
     return sshd_plan.parse_effective(done.out)
 
 
-def prove_candidate(
-    settings: Mapping[str, Any], actions: Sequence[Action], login: Login | None, commands: Commands
-) -> None:
+def prove_candidate(settings: Mapping[str, Any], actions: Sequence[Action], provable: bool, commands: Commands) -> None:
     """Have sshd read the configuration as it would be, before anything is written.
 
-    Raises NodeError when sshd refuses it, when another file overrules a setting, or when `login` would not
-    get in any more.
+    Raises NodeError when sshd refuses it, when another file overrules a setting, when the login of this run
+    would not get in any more, or when its controller could not prove a change (`provable`).
     """
+    login = present_login()
+    if login is not None and actions and not provable:
+        raise NodeError(
+            f"this run came in by ssh as {login.user}, but its connection plugin cannot prove a new connection, "
+            "nothing was changed: use ansible.builtin.ssh"
+        )
     os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="censuschat-sshd-") as directory:
         drop_ins = os.path.join(directory, "sshd_config.d")
