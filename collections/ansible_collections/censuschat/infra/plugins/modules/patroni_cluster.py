@@ -271,7 +271,7 @@ def converge(cluster: Cluster, want: Want, grace_s: float, wait_s: float, check:
     while True:
         view = cluster.observe(local=True)
         now = time.monotonic()
-        if view.local.receiving:
+        if view.follows:
             well_at = now
         patch = {}
         if not view.error and view.leading is not None and view.leading.name == cluster.name:
@@ -291,18 +291,18 @@ def converge(cluster: Cluster, want: Want, grace_s: float, wait_s: float, check:
         elif step == "reinitialize":
             cluster.reinitialize()
             well_at = time.monotonic()
-        if not lacks and not step and (not want.repair or own_replica_streams(view)):
+        if not lacks and not step and (not want.repair or own_replica_follows(view)):
             return view, lacks, actions, now - started
         if now - started >= wait_s:
             return view, lacks or ["this node's replica does not stream"], actions, now - started
         time.sleep(_POLL_S)
 
 
-def own_replica_streams(view: View) -> bool:
-    """Whether this node's PostgreSQL streams, unless it is the primary or no member of the cluster."""
+def own_replica_follows(view: View) -> bool:
+    """Whether this node's PostgreSQL follows, unless it leads or is no member of the cluster."""
     known = any(m.name == view.local.name for m in view.members)
-    lead = view.leading is not None and view.leading.name == view.local.name and view.role == "primary"
-    return view.local.receiving or lead or not known
+    leads = view.leading is not None and view.leading.name == view.local.name
+    return view.follows or leads or not known
 
 
 def main() -> None:

@@ -98,6 +98,16 @@ class View:
         return tuple(sorted(m.name for m in self.members if m.host in followers))
 
     @property
+    def follows(self) -> bool:
+        """Whether this node's replica streams its leader's timeline.
+
+        On an abandoned timeline the receiver streams for a moment, is told that it ended, and starts over.
+        """
+        own = next((m for m in self.members if m.name == self.local.name), None)
+        timeline = self.leader.timeline if self.leader else 0
+        return self.local.receiving and own is not None and own.timeline >= timeline
+
+    @property
     def behind(self) -> int | None:
         """Bytes that the peer region's primary has written and this leader has not replayed."""
         if self.leader is None or self.upstream is None:
@@ -194,12 +204,12 @@ def repair(want: Want, view: View, unwell_s: float, rewound: bool, grace_s: floa
 
     A replica of a standby region that has WAL of an abandoned timeline is not noticed by Patroni 3.0: it neither
     follows nor rewinds. Stopped, it is recovered with pg_rewind; when that did not help it is cloned from its leader.
-    unwell_s: for how long it has not streamed. Only a replica is touched, and only below a leader that is well.
+    unwell_s: for how long it has not followed. Only a replica is touched, and only below a leader that is well.
     """
     local = next((m for m in view.members if m.name == view.local.name), None)
     if not want.repair or local is None or view.leader is None or local == view.leading:
         return ""
-    if view.local.receiving or unwell_s < grace_s or view.role == "none" or view.paused:
+    if view.follows or unwell_s < grace_s or view.role == "none" or view.paused:
         return ""
     if view.role == "standby" and view.leading and not any(view.leading.host in p.followers for p in view.peers):
         return ""
