@@ -201,10 +201,6 @@ def _run(arguments: argparse.Namespace) -> int:
     warm = engine.Warm(run, inventory)
     with engine.signals() as stop:
         try:
-            # It warms up while everything is checked; which playbook comes first depends on what was given.
-            observed = [p.default_from for p in runbook.parameters.values() if p.default_from and p.name not in given]
-            first = observed[0].playbook if observed and observed[0] else runbook.steps[0].playbook
-            warm.warm(first, runbook.steps[0].timeout_s)
             session = engine.Session(run, warm, choose(), stop)
             request = engine.prepare(runbook, inventory, given, session)
             if not arguments.yes and not _confirmed(request):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import secrets
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ from runbooks.errors import Problem, Refused, one_line
 from runbooks.journal import Heartbeat, Journal, LockLost, RunOutcome, RunState, find, remember, state_home
 from runbooks.progress import Progress
 from runbooks.step import PlaybookProcess, Result, end_leftovers
+
+OBSERVE_S = 60.0
+"""Seconds after which a playbook that observes a default is stopped."""
 
 
 class Interrupted(Exception):
@@ -73,28 +77,56 @@ class Request:
 
 
 class Warm:
-    """At most one playbook process that is warming up for the next step, and the directory they all live in."""
+    """Playbook processes that warm up for their turn, one after the other so that they leave the machine to the step
+    that runs, and the directory they all live in."""
 
     def __init__(self, run: str, inventory: Path) -> None:
         self._run, self._inventory = run, inventory.resolve()
         self._directory = state_home() / "steps" / run
-        self._next: PlaybookProcess | None = None
+        self._mutex = threading.Lock()
+        self._waiting: list[tuple[Path, float]] = []
+        self._ready: list[PlaybookProcess] = []
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def warm(self, playbook: Path, timeout_s: float) -> None:
-        self._next = PlaybookProcess(playbook, self._inventory, self._run, self._directory, timeout_s)
+    def plan(self, playbooks: Iterable[tuple[Path, float]]) -> None:
+        """Warm these up in the background, in their order: each with the seconds after which it is stopped."""
+        with self._mutex:
+            self._waiting += playbooks
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._warm_up, name="warm", daemon=True)
+                self._thread.start()
+
+    def _warm_up(self) -> None:
+        while not self._closed.is_set():
+            with self._mutex:
+                process = self._make(*self._waiting.pop(0)) if self._waiting else None
+                if process is not None:
+                    self._ready.append(process)
+            while not self._closed.wait(0.05) and process is not None and not process.warm():
+                pass
+
+    def _make(self, playbook: Path, timeout_s: float) -> PlaybookProcess:
+        return PlaybookProcess(playbook, self._inventory, self._run, self._directory, timeout_s)
 
     def take(self, playbook: Path, timeout_s: float) -> PlaybookProcess:
-        """The process of this playbook: the one that is warm, or a new one."""
-        process, self._next = self._next, None
-        if process is None or process.playbook != playbook:
-            if process is not None:
-                process.close()
-            process = PlaybookProcess(playbook, self._inventory, self._run, self._directory, timeout_s)
-        return process
+        """The process of this playbook: the one that is warming up, or a new one."""
+        with self._mutex:
+            self._waiting = [entry for entry in self._waiting if entry[0] != playbook]
+            found = next((process for process in self._ready if process.playbook == playbook), None)
+            if found is None:
+                return self._make(playbook, timeout_s)
+            self._ready.remove(found)
+            return found
 
     def close(self) -> None:
-        if self._next is not None:
-            self._next.close()
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        for process in self._ready:
+            process.cancel()
+        for process in self._ready:
+            process.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -115,7 +147,6 @@ class Session:
 
 def prepare(definition: Definition, inventory: Path, given: Mapping[str, str], session: Session) -> Request:
     """Check everything that a new run needs. Raises Problem with the first fault, Refused when it may not run now."""
-    environment = Environment(inventory)
     unknown = sorted(set(given) - set(definition.parameters))
     if unknown:
         raise Problem(
@@ -124,6 +155,11 @@ def prepare(definition: Definition, inventory: Path, given: Mapping[str, str], s
             next_command=f"runbook show {definition.name}",
         )
     parsed = {name: _parse(definition, definition.parameters[name], text) for name, text in given.items()}
+    # Everything warms up while the rest is checked.
+    observed = [p.default_from for p in definition.parameters.values() if p.default_from and p.name not in parsed]
+    session.warm.plan((source.playbook, OBSERVE_S) for source in observed)
+    session.warm.plan((step.playbook, step.timeout_s) for step in definition.steps)
+    environment = Environment(inventory)
     for name, value in parsed.items():
         _check_choice(definition, environment, definition.parameters[name], value)
     _refuse_when_busy(environment, resuming=None)
@@ -174,8 +210,7 @@ def _default(
             )
         return environment.template(parameter.default, **known)
     left_out = preflight.check(environment, source.reach, known, patient=False)
-    process = session.warm.take(source.playbook, 60)
-    session.warm.warm(definition.steps[0].playbook, definition.steps[0].timeout_s)
+    process = session.warm.take(source.playbook, OBSERVE_S)
     try:
         result = process.run(known, left_out, on_activity=lambda _: None, interrupted=session.stop)
     finally:
@@ -268,6 +303,7 @@ def resume(name: str | None, progress: Progress, stop: Stop) -> tuple[RunState, 
             ended = end_leftovers(run)
             if ended:
                 progress.note(f"Ended {ended} process(es) that the dead run had left behind")
+            warm.plan((step.playbook, step.timeout_s) for step in definition.steps if step.id in state.pending)
             return *_go(request, journal, session), request
         finally:
             warm.close()
@@ -297,13 +333,13 @@ def _steps(request: Request, journal: Journal, session: Session) -> tuple[RunOut
     state = journal.state(request.run)
     steps = [step for step in request.definition.steps if step.id in state.pending]
     outputs = state.outputs
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
+    for step in steps:
         if session.stop():
             break
         journal.append("step_started", step.id, {"budget_s": step.budget_s})
         session.progress.begin(step)
         began = time.monotonic()
-        result = _step(request, step, following, {**request.variables(), **outputs}, session)
+        result = _step(request, step, {**request.variables(), **outputs}, session)
         elapsed = time.monotonic() - began
         journal.append(
             "step_finished",
@@ -330,10 +366,8 @@ def _steps(request: Request, journal: Journal, session: Session) -> tuple[RunOut
     return "interrupted", errors.INTERRUPTED, f"stopped by {session.stop.asked or 'the loss of its lock'}"
 
 
-def _step(request: Request, step: Step, following: Step | None, variables: dict[str, Any], session: Session) -> Result:
+def _step(request: Request, step: Step, variables: dict[str, Any], session: Session) -> Result:
     process = session.warm.take(step.playbook, step.timeout_s)
-    if following is not None:
-        session.warm.warm(following.playbook, following.timeout_s)
     try:
         return process.run(variables, request.left_out, on_activity=session.progress.activity, interrupted=session.stop)
     finally:

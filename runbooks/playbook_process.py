@@ -32,6 +32,7 @@ def main() -> int:
     import ansible.plugins.strategy.linear  # noqa: F401 - loaded for the tasks to come
     from ansible.cli.playbook import PlaybookCLI
 
+    Path(pipe).with_name("warm").touch()
     with Path(pipe).open(encoding="utf-8") as stream:
         word = stream.read()
     if not word:

@@ -84,7 +84,7 @@ class PlaybookProcess:
                     "ANSIBLE_CONFIG": os.environ.get("ANSIBLE_CONFIG", str(ANSIBLE_CONFIG)),
                     RUN_VARIABLE: run,
                 },
-                settings={"suppress_output_file": True, "pexpect_timeout": 1},
+                settings={"suppress_output_file": True, "pexpect_timeout": 0.2},
                 quiet=True,
                 event_handler=self._event,
                 cancel_callback=self._cancel,
@@ -147,6 +147,14 @@ class PlaybookProcess:
         _wait_until_read(self._pipe, self._go, self._thread)
         os.close(self._go)
         self._go = -1
+
+    def warm(self) -> bool:
+        """Whether it waits for its turn (or has ended)."""
+        return (self._directory / "warm").exists() or not self._thread.is_alive()
+
+    def cancel(self) -> None:
+        """End it soon, without waiting."""
+        self._cancelled.set()
 
     def close(self) -> None:
         if self._go >= 0:
