@@ -183,14 +183,16 @@ def plan(topology: Topology, observed: Fabric, cut: Iterable[str] | None = None)
     if lines:
         actions.append(Action("links", ("ip", "-n", ROUTER, "-batch", "-"), "\n".join(lines) + "\n"))
     rebuilt = {line.split()[2] for line in lines if line.startswith("link add")}
-    if UPLINK not in machine.links:
-        # A veth pair lives and dies together: without this end the other cannot be there.
-        rebuilt.add("operator")
+    if UPLINK not in machine.links or "operator" not in router.links:
+        rebuilt |= {"operator", UPLINK}
+        if UPLINK in machine.links:
+            # Its other end is in a fabric that was deleted and has not quite gone yet.
+            actions.append(Action(f"left-over link {UPLINK}", ("ip", "link", "del", UPLINK)))
         ends = ("type", "veth", "peer", "name", "operator", "netns", ROUTER)
         actions.append(Action(f"link {UPLINK} to the machine", ("ip", "link", "add", UPLINK, *ends)))
     for name, space in want.items():
         seen = observed.spaces.get(name, Space())
-        settings = plan_settings(space, seen, rebuilt if name == ROUTER else set())
+        settings = plan_settings(space, seen, rebuilt if name in (ROUTER, MACHINE) else set())
         if settings:
             where: tuple[str, ...] = ("-n", name) if name else ()
             what = f"addresses and routes of {name or 'the machine'}"
@@ -210,7 +212,9 @@ def plan_settings(want: Space, seen: Space, rebuilt: set[str]) -> list[str]:
             lines += [f"addr del {address} dev {name}" for address in sorted(have.addresses - link.addresses)]
         if link.up and not have.up:
             lines.append(f"link set {name} up")
-    lines += [f"route replace {to} via {via}" for to, via in sorted(want.routes - seen.routes)]
+    # A route goes with its link.
+    have_routes = frozenset[tuple[str, str]]() if rebuilt & set(want.links) and want.routes else seen.routes
+    lines += [f"route replace {to} via {via}" for to, via in sorted(want.routes - have_routes)]
     if UPLINK not in want.links:
         # The machine's default route is its own affair; a node's would be a mistake or a test's leftover.
         lines += [f"route del {to} via {via}" for to, via in sorted(seen.routes) if to == "default"]

@@ -11,6 +11,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,13 +97,29 @@ def test_no_namespace_of_the_lab_has_a_default_route(running_lab: Topology) -> N
 
 
 @contextlib.contextmanager
-def overheard() -> Iterator[list[bytes]]:
-    """All IPv4 packets on all links of the machine while it is open."""
-    heard: list[bytes] = []
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800)) as ear:
-        yield heard
-        while select.select([ear], [], [], 0.3)[0]:
-            heard.append(ear.recv(256))
+def overheard(*addresses: bytes) -> Iterator[list[tuple[str, bytes]]]:
+    """The IPv4 packets, coming or going, with one of the addresses, on all links of the machine: (link, packet)."""
+    heard: list[tuple[str, bytes]] = []
+    ended = threading.Event()
+    # Only a socket for all protocols is shown what leaves.
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003)) as ear:
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
+
+        def listen() -> None:
+            while not ended.is_set():
+                if select.select([ear], [], [], 0.1)[0]:
+                    packet, (link, protocol, *_) = ear.recvfrom(64)
+                    if protocol == 0x0800 and (packet[12:16] in addresses or packet[16:20] in addresses):
+                        heard.append((link, packet))
+
+        ears = threading.Thread(target=listen)
+        ears.start()
+        try:
+            yield heard
+            time.sleep(0.5)
+        finally:
+            ended.set()
+            ears.join()
 
 
 def test_a_packet_to_elsewhere_is_refused_at_once_and_leaves_nothing_on_the_machines_links(
@@ -112,7 +129,8 @@ def test_a_packet_to_elsewhere_is_refused_at_once_and_leaves_nothing_on_the_mach
     router = running_lab.site(node.site).router
     inside = space_of(node.name)
     unreachable = {"101", "113"}  # ENETUNREACH, EHOSTUNREACH
-    with overheard() as heard:
+    elsewhere = socket.inet_aton(ELSEWHERE)
+    with overheard(elsewhere, node.address.packed) as heard:
         outcome, seconds = connect(inside, ELSEWHERE, 80)
         assert outcome in unreachable and seconds < AT_ONCE_S
         for gateway in (router, running_lab.operator.address):
@@ -129,8 +147,8 @@ def test_a_packet_to_elsewhere_is_refused_at_once_and_leaves_nothing_on_the_mach
         # The ear hears: a connection of the machine to the node is among what it heard.
         with socket.create_connection((str(node.address), 22), timeout=AT_ONCE_S):
             pass
-    assert any(packet[16:20] == node.address.packed for packet in heard)
-    assert not [packet for packet in heard if socket.inet_aton(ELSEWHERE) in (packet[12:16], packet[16:20])]
+    assert any(link == UPLINK and packet[16:20] == node.address.packed for link, packet in heard)
+    assert [link for link, packet in heard if elsewhere in (packet[12:16], packet[16:20])] == []
 
 
 def test_of_the_machine_nodes_reach_the_package_cache_only(running_lab: Topology) -> None:
@@ -279,9 +297,14 @@ def test_a_node_cannot_change_the_machines_kernel_clock_or_modules(running_lab: 
 
 def test_a_nodes_packet_filter_is_its_own_and_lets_elements_expire(running_lab: Topology) -> None:
     first, second = running_lab.nodes[:2]
-    table = "table inet lab_probe { set armed { type mark; flags timeout; elements = { 7 timeout 1s } } }"
+    make = (
+        "sudo nft add table inet lab_probe\n"
+        "sudo nft add set inet lab_probe armed '{ type mark; flags timeout; }'\n"
+        "sudo nft add element inet lab_probe armed '{ 7 timeout 1s }'\n"
+        "sudo nft list set inet lab_probe armed\n"
+    )
     try:
-        assert "expires" in on(first, f"echo '{table}' | sudo nft -f - && sudo nft list set inet lab_probe armed")
+        assert "expires" in on(first, make)
         assert "lab_probe" not in on(second, "sudo nft list tables")
         time.sleep(1.2)
         assert "expires" not in on(first, "sudo nft list set inet lab_probe armed")

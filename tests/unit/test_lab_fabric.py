@@ -122,6 +122,18 @@ def test_a_node_whose_link_is_gone_gets_a_new_one_and_a_left_over_port_goes_firs
     assert "addr add 10.77.1.11/24 dev eth0" in said
 
 
+def test_a_link_to_a_fabric_that_was_deleted_is_made_anew_with_address_and_route() -> None:
+    before = {name: space for name, space in UP.spaces.items() if name != ROUTER}
+    said = lines(fabric.plan(LAB, Fabric(before)))
+    assert said.index(f"ip link del {UPLINK}") < said.index(
+        f"ip link add {UPLINK} type veth peer name operator netns {ROUTER}"
+    )
+    for line in ("addr add 10.77.0.2/24 dev censuslab0", "link set censuslab0 up"):
+        assert line in said
+    assert "route replace 10.77.0.0/16 via 10.77.0.1" in said
+    assert "addr add 10.77.0.1/24 dev operator" in said
+
+
 def test_other_rules_are_replaced_in_one_transaction_that_keeps_the_cuts() -> None:
     actions = fabric.plan(LAB, replace(UP, rules="other", cut=frozenset({EAST})))
     assert [action.what for action in actions] == ["packet filter"]
