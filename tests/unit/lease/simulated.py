@@ -130,6 +130,12 @@ class Cluster:
         for lease, (ttl, _) in self.leases.items():
             self.leases[lease] = (ttl, self.world.now + ttl / self.rate)
 
+    def end_all(self) -> None:
+        """What a leader does that was frozen, lost its place and believes that time stood still for the others too:
+        it ends leases that were renewed elsewhere (etcd issue 15247)."""
+        self.leases = dict.fromkeys(self.leases, (0.0, self.world.now))
+        self.expire()
+
     def apply(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         self.expire()
         match path:
@@ -155,11 +161,6 @@ class Cluster:
                 ttl = self.leases[lease][0]
                 self.leases[lease] = (ttl, self.world.now + ttl / self.rate)
                 return {"result": {"ID": str(lease), "TTL": str(int(ttl))}}
-            case "/v3/lease/timetolive":
-                lease = int(body["ID"])
-                if lease not in self.leases:
-                    return {"TTL": "-1"}
-                return {"TTL": str(int((self.leases[lease][1] - self.world.now) * self.rate))}
             case "/v3/lease/revoke":
                 lease = int(body["ID"])
                 if lease in self.leases:
@@ -193,7 +194,14 @@ class Cluster:
                     actual, wanted = key.lease, int(compare["lease"])
                 case _:
                     actual, wanted = key.value, _text(compare["value"])  # type: ignore[assignment]
-            if not (actual > wanted if compare["result"] == "GREATER" else actual == wanted):
+            match compare["result"]:
+                case "GREATER":
+                    holds = actual > wanted
+                case "LESS":
+                    holds = actual < wanted
+                case _:
+                    holds = actual == wanted
+            if not holds:
                 return False
         return True
 
@@ -204,8 +212,11 @@ class Cluster:
             assert not lease or lease in self.leases, "etcd refuses a put with a lease that is gone"
             version = self.keys[name].version + 1 if name in self.keys else 1
             self.keys[name] = _Key(_text(put["value"]), self.revision, version, lease)
-        else:
-            self.keys.pop(_text(step["request_delete_range"]["key"]), None)
+            return
+        name = _text(step["request_delete_range"]["key"])
+        end = step["request_delete_range"].get("range_end")
+        for found in [n for n in self.keys if (n == name if end is None else name <= n < _text(end))]:
+            del self.keys[found]
 
 
 def _b64(text: str) -> str:

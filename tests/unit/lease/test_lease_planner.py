@@ -11,9 +11,9 @@ import yaml
 from ansible_collections.censuschat.infra.plugins.module_utils.lease import planner
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.holding import (
     AskHolder,
-    RenewalWatch,
     Request,
     Swap,
+    TakeIt,
     Waiting,
     decide,
 )
@@ -31,6 +31,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.lease.model impor
     encode,
 )
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.planner import MARKER, Observed, PatroniView
+from ansible_collections.censuschat.infra.plugins.module_utils.lease.quiet import QuietWatch
 
 DATA = Path(__file__).parents[1] / "data/lease"
 GUARD: list[dict[str, Any]] = yaml.safe_load((DATA / "guard.yml").read_text())
@@ -166,6 +167,8 @@ def test_holding(case: dict[str, Any]) -> None:
         assert words in text
     if isinstance(decision, AskHolder | Swap):
         assert decision.handover.to == request.region
+    if isinstance(decision, TakeIt | Swap) and "quiet_revision" in case:
+        assert decision.quiet_revision == case["quiet_revision"]
 
 
 @pytest.mark.parametrize(
@@ -185,24 +188,48 @@ def test_figures_that_would_break_the_argument_are_refused(figures: tuple[float,
     assert problem in "; ".join(problems)
 
 
-@pytest.mark.parametrize(
-    ("counts", "seen"),
-    [
-        ([(0, 15), (1, 14), (5, 10), (14, 1)], 0),
-        ([(0, 14), (0.5, 14), (1, 14), (1.5, 13)], 0),
-        ([(0, 14), (2, 14)], 1),
-        ([(0, 14), (0.5, 14), (1, 14), (1.5, 14), (2, 14), (2.5, 14), (3.5, 14), (4, 14)], 2),
-        ([(0, 3), (1, 15), (2, 14), (3, 13)], 1),
-    ],
-    ids=["runs out", "rounding", "one renewal", "a renewal every half second", "an election"],
-)
-def test_renewals_are_told_from_the_stores_count_down(counts: list[tuple[float, float]], seen: int) -> None:
-    watch = RenewalWatch()
-    for now, remaining in counts:
-        watch.note(7, remaining, now)
-    assert watch.seen == seen
-    watch.note(8, 15, counts[-1][0] + 1)
-    assert watch.seen == 0
+def gates(*revisions: int, epoch: int = 3) -> StoreView:
+    """A view in which east's nodes wrote their records at these revisions, and west's an old one."""
+    east = tuple(GateRecord(f"e{n}", "east", epoch, 11.0, revision) for n, revision in enumerate(revisions, 1))
+    return StoreView(EpochRecord(epoch, "east"), gates=(*east, GateRecord("w1", "west", epoch - 1, 11.0, 999)))
+
+
+def test_a_gate_counts_as_closed_only_after_its_kernels_time_and_the_drift() -> None:
+    watch = QuietWatch()
+    watch.note(gates(5, 7), 100.0)
+    watch.note(gates(5, 7), 110.0)
+    assert watch.left_s(110.0) == pytest.approx({"e1": 3.2, "e2": 3.2})
+    assert (watch.renewals, watch.revision, watch.age_s(110.0)) == (0, 7, 10.0)
+    assert watch.left_s(113.21) == {}
+
+
+def test_one_writing_starts_that_nodes_time_again() -> None:
+    watch = QuietWatch()
+    watch.note(gates(5, 7), 100.0)
+    watch.note(gates(5, 9), 112.0)
+    assert watch.left_s(114.0) == pytest.approx({"e2": 11.2})
+    assert (watch.renewals, watch.revision, watch.age_s(114.0)) == (1, 9, 2.0)
+
+
+def test_what_an_earlier_watcher_saw_is_used_only_while_it_is_still_so() -> None:
+    seen = {"e1": (5, 80.0), "e2": (6, 80.0), "e9": (1, 80.0)}
+    watch = QuietWatch(seen)
+    watch.note(gates(5, 7), 100.0)
+    assert watch.left_s(100.0) == pytest.approx({"e2": 13.2})
+    assert watch.renewals == 0
+    from_the_future = QuietWatch({"e1": (5, 300.0)})
+    from_the_future.note(gates(5), 100.0)
+    assert from_the_future.left_s(100.0) == pytest.approx({"e1": 13.2})
+
+
+def test_a_region_without_records_is_quiet_and_an_old_record_is_not_trusted_to_be_short() -> None:
+    watch = QuietWatch()
+    watch.note(StoreView(), 1.0)
+    assert (watch.left_s(1.0), watch.revision) == ({}, 0)
+    assert watch.age_s(1.0) == float("inf")
+    old = decode(GateRecord, '{"node": "e1", "region": "east", "epoch": 3}', "here", revision=4)
+    watch.note(StoreView(EpochRecord(3, "east"), gates=(old,)), 1.0)
+    assert watch.left_s(60.0) == pytest.approx({"e1": 13.0})
 
 
 @pytest.mark.parametrize(

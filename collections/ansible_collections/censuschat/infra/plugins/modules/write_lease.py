@@ -13,9 +13,9 @@ description:
   - The right to write is a lease with a time to live in the lease store, an etcd with a member in each region and one
     at a witness site. The guards of the holding region's database nodes renew it; a region that cannot renew closes its
     database.
-  - O(state=held) takes the lease for a region. It waits until the present lease has ended, then takes the next epoch in
-    one transaction, so that of several takers one wins. It refuses when the holder keeps renewing, because the holder
-    is alive.
+  - O(state=held) takes the lease for a region. It waits until the present lease has ended and no gate of its region can
+    be open any more, then takes the next epoch in one transaction, so that of several takers one wins. It refuses when
+    the holder keeps renewing, because the holder is alive.
   - O(state=handed_over) moves the lease from a living holder. The holder's guards close the database, end sessions,
     ship everything and step down. Only then does the lease change, in one transaction.
   - After a change the module waits until a guard of the region has renewed the lease. A lease that nobody renews ends
@@ -102,6 +102,8 @@ options:
     type: str
     default: write_lease
 notes:
+  - Run it on a database node of the region that is to have the lease if there is one. The guard there has been watching
+    the holder, which saves up to 14 seconds of O(state=held) against a node that begins to watch.
   - Each wait has an end, so the module always returns. Run again after a failure, it goes on where things stand.
 seealso:
   - module: censuschat.infra.node_state
@@ -200,6 +202,7 @@ actions:
 """
 
 import dataclasses
+import json
 import os
 from typing import Any
 
@@ -235,6 +238,18 @@ def result_of(outcome: Outcome, region: str | None, check_mode: bool) -> dict[st
         "msg": outcome.detail,
         "diff": {"before": _lines(before), "after": _lines(shown)},
     }
+
+
+def seen_by_guard(environment: str) -> dict[str, tuple[int, float]]:
+    """What the guard of this node, if it has one, has noted about the holder's gates: it saves the same wait here."""
+    try:
+        with open("/run/censuschat/guard.json", encoding="utf-8") as file:
+            status = json.load(file)
+        if status["environment"] != environment:
+            return {}
+        return {node: (int(revision), float(since)) for node, (revision, since) in status["quiet"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def bare_plan(state: str, region: str | None) -> Outcome:
@@ -294,7 +309,8 @@ def main() -> None:
                 require_shipped=given["require_shipped"],
                 epoch_floor=given["epoch_floor"],
             )
-            outcome = settle(store, request, check=module.check_mode, confirm_s=given["confirm_s"])
+            seen = seen_by_guard(given["environment_name"])
+            outcome = settle(store, request, check=module.check_mode, seen=seen, confirm_s=given["confirm_s"])
     except (EtcdError, LeaseError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result_of(outcome, given["region"], module.check_mode))

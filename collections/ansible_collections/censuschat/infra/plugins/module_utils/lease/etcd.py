@@ -75,12 +75,9 @@ def _after(prefix: str) -> str:
 # ---- parts of a transaction, as etcd's gateway wants them ----
 
 
-def absent(key: str, *, prefix: bool = False) -> dict[str, Any]:
-    """Compare: the key (with `prefix`: every key below it) does not exist."""
-    compare: dict[str, Any] = {"key": _b64(key), "target": "VERSION", "result": "EQUAL", "version": "0"}
-    if prefix:
-        compare["range_end"] = _b64(_after(key))
-    return compare
+def absent(key: str) -> dict[str, Any]:
+    """Compare: the key does not exist."""
+    return {"key": _b64(key), "target": "VERSION", "result": "EQUAL", "version": "0"}
 
 
 def present(key: str) -> dict[str, Any]:
@@ -91,6 +88,12 @@ def present(key: str) -> dict[str, Any]:
 def unchanged(key: str, mod_revision: int) -> dict[str, Any]:
     """Compare: the key was last modified at this revision (0: it never existed or was deleted)."""
     return {"key": _b64(key), "target": "MOD", "result": "EQUAL", "mod_revision": str(mod_revision)}
+
+
+def no_newer(prefix: str, revision: int) -> dict[str, Any]:
+    """Compare: no key below the prefix was modified after this revision (none at all is fine)."""
+    compare = {"key": _b64(prefix), "range_end": _b64(_after(prefix))}
+    return {**compare, "target": "MOD", "result": "LESS", "mod_revision": str(revision + 1)}
 
 
 def has_value(key: str, value: str) -> dict[str, Any]:
@@ -109,6 +112,10 @@ def put(key: str, value: str, lease_id: int = 0) -> dict[str, Any]:
 
 def delete(key: str) -> dict[str, Any]:
     return {"request_delete_range": {"key": _b64(key)}}
+
+
+def delete_below(prefix: str) -> dict[str, Any]:
+    return {"request_delete_range": {"key": _b64(prefix), "range_end": _b64(_after(prefix))}}
 
 
 class Etcd:
@@ -177,16 +184,6 @@ class Etcd:
         if int(result.get("ID", 0)) != lease_id:
             return 0
         return int(result.get("TTL", 0))
-
-    def time_to_live(self, lease_id: int, deadline: float | None = None) -> int:
-        """Seconds the lease still has; -1 when it is gone."""
-        try:
-            answer = self.call("/v3/lease/timetolive", {"ID": str(lease_id)}, deadline)
-        except EtcdRefused as error:
-            if error.code == 5:
-                return -1
-            raise
-        return int(answer.get("TTL", 0))
 
     def revoke(self, lease_id: int, deadline: float | None = None) -> None:
         """End a lease and delete what is bound to it. A lease that is gone already is no error."""

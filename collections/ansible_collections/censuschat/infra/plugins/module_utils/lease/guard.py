@@ -26,6 +26,7 @@ from .database import DatabaseError, Patroni, Postgres, lsn_number
 from .gate import CommandError, Gate, GateRules
 from .model import Figures, Follower, GateRecord, LeaseError, LeaseRecord, Shipped, StoreView, boottime
 from .planner import MARKER, Observed, PatroniView, Renewal, Standing
+from .quiet import QuietWatch
 from .store import LeaseStore
 
 CONFIG = pathlib.Path("/etc/censuschat/guard.json")
@@ -170,7 +171,7 @@ class Guard:
         self.patroni_at: float | None = None
         self.last_reason = "starting"
         self.last_standing = ""
-        self.node_lease = 0
+        self.quiet = QuietWatch()
         self.known = Observed(
             node=config.node,
             region=config.region,
@@ -256,6 +257,7 @@ class Guard:
             return None
         self._problem("store", "")
         self._learn(view=view, view_at=asked)
+        self.quiet.note(view, self.clock())
         return view
 
     def _ask_patroni(self) -> None:
@@ -358,7 +360,7 @@ class Guard:
             view = self._look(deadline)
             if view is None:
                 return
-            registered = self._register(view, lease, deadline)
+            registered = self._register(lease, deadline)
             ttl_s = self.store.keep_alive(lease.lease_id, deadline)
             renewal = Renewal(armed_at, asked_at, self.clock(), view, lease, registered, ttl_s)
             why_not = planner.why_not_confirm(renewal, self.known)
@@ -381,17 +383,11 @@ class Guard:
             self.last_reason = f"this region holds epoch {lease.epoch}"
             log("gate_open", epoch=lease.epoch)
 
-    def _register(self, view: StoreView, lease: LeaseRecord, deadline: float) -> bool:
-        """Have this node's gate record in the store for at least another ttl from now on."""
+    def _register(self, lease: LeaseRecord, deadline: float) -> bool:
+        """Write this node's gate record anew, by which others see that the gate may be open for a while from now on."""
         if planner.standing(self.known, self.clock()) is not Standing.HOLDER:
             return False
-        if self.node_lease and self.store.keep_alive(self.node_lease, deadline) < self.config.figures.ttl_s:
-            self.node_lease = 0
-        if not self.node_lease:
-            self.node_lease = self.store.node_lease(self.config.figures.ttl_s, deadline)
-        own = GateRecord(self.config.node, self.config.region, lease.epoch, self.node_lease)
-        if any(own == gate and gate.lease_id == own.lease_id for gate in view.gates):
-            return True
+        own = GateRecord(self.config.node, self.config.region, lease.epoch, self.config.figures.kernel_after_s)
         return self.store.register(own, lease.lease_id, deadline)
 
     def _take(self, view: StoreView) -> None:
@@ -459,7 +455,8 @@ class Guard:
         follow = {"standby_cluster": dict(self.config.standby_cluster), "pause": None, MARKER: None}
         if self._set_patroni(follow, "follow the other region: all is shipped"):
             # Stopped cleanly and set to come back as a standby: this node has stepped down.
-            self._unregister(GateRecord(self.config.node, self.config.region, handover.epoch))
+            life_s = self.config.figures.kernel_after_s
+            self._unregister(GateRecord(self.config.node, self.config.region, handover.epoch, life_s))
 
     def _unregister(self, gate: GateRecord) -> None:
         try:
@@ -467,7 +464,6 @@ class Guard:
         except _TROUBLE as error:
             self._problem("hand-over", str(error))
             return
-        self.node_lease = 0
         log("gate_closed_for_good", epoch=gate.epoch)
 
     # ---- memory and status ----
@@ -502,6 +498,7 @@ class Guard:
             log("standing", now=where.value)
             self.last_standing = where.value
         document = {
+            "environment": self.config.environment,
             "node": self.config.node,
             "region": self.config.region,
             "gate": "open" if is_open else "closed",
@@ -515,6 +512,7 @@ class Guard:
             "patroni_role": self.known.patroni.role if self.known.patroni else None,
             "follows": bool(self.known.patroni.config.get("standby_cluster")) if self.known.patroni else None,
             "followed": view.is_followed() if view and where is Standing.HOLDER else None,
+            "quiet": {node: [revision, round(since, 3)] for node, (revision, since) in self.quiet.seen.items()},
             "problems": dict(sorted(self.problems.items())),
             "written_at_boottime": round(now, 3),
         }

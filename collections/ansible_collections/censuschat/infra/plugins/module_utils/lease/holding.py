@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from .model import HandOver, LeaseError, LeaseRecord, StoreView, boottime
+from .quiet import QuietWatch
 
 RENEWALS_TO_REFUSE = 3
-"""Renewals seen while waiting after which the holder counts as alive. One may be an election of the lease store, which
-gives every lease its full time again; three in a row are not."""
+"""Renewals seen while waiting after which the holder counts as alive. One or two may have been under way."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,12 @@ class Waiting:
 
     elapsed_s: float = 0.0
     renewals_seen: int = 0
-    last_renewal_age_s: float | None = None
-    remaining_s: float | None = None
-    """Seconds the holder's lease still has, by the store; None when there is none."""
+    last_renewal_age_s: float = math.inf
+    """Seconds since the holder's newest renewal was first seen."""
+    awake: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Nodes of the region of the newest epoch whose gates may be open, and for how many seconds if nothing comes."""
+    revision: int = 0
+    """The newest revision of that region's gate records."""
 
 
 # ---- decisions ----
@@ -53,6 +57,7 @@ class Done:
 @dataclasses.dataclass(frozen=True)
 class TakeIt:
     detail: str
+    quiet_revision: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Swap:
     """Finish a hand-over whose conditions hold."""
 
     handover: HandOver
+    quiet_revision: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +118,13 @@ def _decide_held(view: StoreView, request: Request, waiting: Waiting) -> Decisio
     lease, handover = view.lease, view.active_handover()
     if lease is None:
         last = f"epoch {view.epoch.epoch} of {view.epoch.region} has ended" if view.epoch else "nobody ever held it"
-        return TakeIt(last)
+        return _take(view, request, waiting, last)
     if lease.region == request.region:
         if handover is not None:
             return Withdraw(handover)
         return Done(f"{lease.region} holds epoch {lease.epoch}")
     if waiting.renewals_seen >= RENEWALS_TO_REFUSE:
-        age = "" if waiting.last_renewal_age_s is None else f", last seen {waiting.last_renewal_age_s:.1f} s ago"
+        age = f", the last {waiting.last_renewal_age_s:.1f} s ago"
         return Refuse(
             f"{lease.region} holds the write lease with epoch {lease.epoch} and keeps renewing it "
             f"({waiting.renewals_seen} renewals in {waiting.elapsed_s:.0f} s{age}): it is alive, and taking its place "
@@ -128,11 +134,26 @@ def _decide_held(view: StoreView, request: Request, waiting: Waiting) -> Decisio
         )
     if waiting.elapsed_s >= request.wait_s:
         return Refuse(
-            f"{lease.region} still holds the write lease with epoch {lease.epoch} after {waiting.elapsed_s:.0f} s "
-            f"({waiting.remaining_s if waiting.remaining_s is not None else 'unknown'} s left): run this again"
+            f"{lease.region} still holds the write lease with epoch {lease.epoch} after {waiting.elapsed_s:.0f} s, "
+            f"last renewal seen {waiting.last_renewal_age_s:.0f} s ago: run this again"
         )
-    left = "" if waiting.remaining_s is None else f", {waiting.remaining_s:.0f} s left"
-    return Wait(f"{lease.region} holds epoch {lease.epoch}{left}")
+    return Wait(f"{lease.region} holds epoch {lease.epoch}, last renewal seen {waiting.last_renewal_age_s:.0f} s ago")
+
+
+def _take(view: StoreView, request: Request, waiting: Waiting, detail: str) -> Decision:
+    """Take the free lease, as soon as no gate of another region can be open.
+
+    That the lease has ended is not enough of a proof: a store member that was frozen may end leases that were renewed
+    elsewhere meanwhile (etcd issue 15247), and then the holder's gates are open for some seconds more.
+    """
+    if request.epoch_floor and waiting.elapsed_s < request.ttl_s:
+        return Wait("the store forgot who had open gates: all of them close by themselves first")
+    if view.epoch is None or view.epoch.region == request.region:
+        return TakeIt(detail)
+    if waiting.awake:
+        nodes, longest = ", ".join(sorted(waiting.awake)), max(waiting.awake.values())
+        return Wait(f"gates of {view.epoch.region} that may be open: {nodes}, for {longest:.0f} s more at most")
+    return TakeIt(detail, waiting.revision)
 
 
 def _decide_handover(view: StoreView, request: Request, waiting: Waiting) -> Decision:
@@ -148,10 +169,10 @@ def _decide_handover(view: StoreView, request: Request, waiting: Waiting) -> Dec
         if view.epoch is None:
             return Refuse(f"nobody ever held the write lease: take it with state=held region={request.region}")
         if view.epoch.region == request.region:
-            return TakeIt(f"epoch {view.epoch.epoch} of {request.region} itself has ended")
+            return _take(view, request, waiting, f"epoch {view.epoch.epoch} of {request.region} itself has ended")
         proven = view.shipped_proof() is not None or not request.require_shipped
         if handover is not None and handover.to == request.region and proven:
-            return TakeIt(f"epoch {view.epoch.epoch} has ended after its hand-over")
+            return _take(view, request, waiting, f"epoch {view.epoch.epoch} has ended after its hand-over")
         return Refuse(
             f"{view.epoch.region} lost the write lease (epoch {view.epoch.epoch}) without a proof that "
             f"{request.region} has all its data: there is nobody to hand over. Wait until {view.epoch.region} has it "
@@ -175,10 +196,10 @@ def _decide_handover(view: StoreView, request: Request, waiting: Waiting) -> Dec
             f"{lease.region} is being handed over to {handover.to} already: finish that, or withdraw it with "
             f"state=held region={lease.region}"
         )
-    gates = ", ".join(g.node for g in view.open_gates())
+    gates = ", ".join(sorted(waiting.awake))
     proven = view.shipped_proof() is not None or not handover.require_shipped
     if not gates and proven:
-        return Swap(handover)
+        return Swap(handover, waiting.revision)
     missing = "; ".join(
         part
         for part in (
@@ -204,35 +225,22 @@ class Store(Protocol):
     """What is needed of the lease store."""
 
     def observe(self) -> StoreView: ...
-    def remaining(self, lease_id: int) -> int: ...
     def take(
-        self, view: StoreView, region: str, *, ttl_s: float, wall: float, by: str, epoch_floor: int = 0
+        self,
+        view: StoreView,
+        region: str,
+        *,
+        ttl_s: float,
+        wall: float,
+        by: str,
+        quiet_revision: int = 0,
+        epoch_floor: int = 0,
     ) -> LeaseRecord: ...
-    def swap(self, view: StoreView, handover: HandOver, *, ttl_s: float, wall: float, by: str) -> LeaseRecord: ...
+    def swap(
+        self, view: StoreView, handover: HandOver, *, ttl_s: float, wall: float, by: str, quiet_revision: int = 0
+    ) -> LeaseRecord: ...
     def put_handover(self, handover: HandOver, lease_id: int) -> bool: ...
     def cancel_handover(self, handover: HandOver) -> bool: ...
-
-
-class RenewalWatch:
-    """Tells from the store's count-down whether a lease is renewed: the count goes up."""
-
-    def __init__(self) -> None:
-        self.lease_id = 0
-        self.seen = 0
-        self.anchor: tuple[float, float] | None = None
-        self.last_seen_at: float | None = None
-
-    def note(self, lease_id: int, remaining_s: float, now: float) -> None:
-        if lease_id != self.lease_id:
-            self.lease_id, self.seen, self.anchor, self.last_seen_at = lease_id, 0, None, None
-        if self.anchor is not None:
-            # The store counts in whole seconds, so a rise of less than that proves nothing.
-            if remaining_s > self.anchor[0] - (now - self.anchor[1]) + 1.5:
-                self.seen += 1
-                self.last_seen_at = now
-                self.anchor = (remaining_s, now)
-        else:
-            self.anchor = (remaining_s, now)
 
 
 @dataclasses.dataclass
@@ -253,6 +261,7 @@ def settle(
     request: Request,
     *,
     check: bool = False,
+    seen: Mapping[str, tuple[int, float]] | None = None,
     poll_s: float = 0.5,
     confirm_s: float = 20.0,
     clock: Callable[[], float] = boottime,
@@ -261,14 +270,17 @@ def settle(
     """Bring the lease to what the request wants. Raises LeaseError (a refusal) or etcd.EtcdError.
 
     check: decide once and change nothing. confirm_s: how long the region's guards may take, after a change, to open
-    their first gate; a lease that no guard renews would end again by itself.
+    their first gate; a lease that no guard renews would end again by itself. seen: what the guard of this machine has
+    noted about the holder's gates (QuietWatch), which saves the wait.
     """
     began = clock()
-    watch = RenewalWatch()
+    watch = QuietWatch(seen)
     outcome = Outcome(previous=store.observe())
     view = outcome.previous
     while True:
-        waiting = _look_at(store, view, watch, began, clock())
+        now = clock()
+        watch.note(view, now)
+        waiting = Waiting(now - began, watch.renewals, watch.age_s(now), watch.left_s(now), watch.revision)
         decision = decide(view, request, waiting)
         outcome.detail, outcome.view = _text(decision, request), view
         if isinstance(decision, Done):
@@ -293,26 +305,23 @@ def settle(
     return outcome
 
 
-def _look_at(store: Store, view: StoreView, watch: RenewalWatch, began: float, now: float) -> Waiting:
-    remaining = None
-    if view.lease is not None:
-        remaining = float(max(0, store.remaining(view.lease.lease_id)))
-        watch.note(view.lease.lease_id, remaining, now)
-    age = None if watch.last_seen_at is None else now - watch.last_seen_at
-    return Waiting(now - began, watch.seen, age, remaining)
-
-
 def _carry_out(store: Store, decision: Decision, view: StoreView, request: Request) -> bool:
     """Whether the lease changed its holder."""
     wall = time.time()
     match decision:
         case TakeIt():
             store.take(
-                view, request.region, ttl_s=request.ttl_s, wall=wall, by=request.by, epoch_floor=request.epoch_floor
+                view,
+                request.region,
+                ttl_s=request.ttl_s,
+                wall=wall,
+                by=request.by,
+                quiet_revision=decision.quiet_revision,
+                epoch_floor=request.epoch_floor,
             )
             return True
-        case Swap(handover):
-            store.swap(view, handover, ttl_s=request.ttl_s, wall=wall, by=request.by)
+        case Swap(handover, revision):
+            store.swap(view, handover, ttl_s=request.ttl_s, wall=wall, by=request.by, quiet_revision=revision)
             return True
         case AskHolder(handover, lease):
             store.put_handover(handover, lease.lease_id)
@@ -333,11 +342,11 @@ def _method(previous: StoreView, decision: Decision) -> str:
 
 def _text(decision: Decision, request: Request) -> str:
     match decision:
-        case TakeIt(detail):
+        case TakeIt(detail, _):
             return f"take the lease for {request.region} ({detail})"
         case AskHolder(handover, lease):
             return f"ask {lease.region} to hand epoch {lease.epoch} over to {handover.to}"
-        case Swap(handover):
+        case Swap(handover, _):
             return f"give the lease to {handover.to}: all gates are closed and everything was received"
         case Withdraw(handover, _):
             return f"withdraw the hand-over to {handover.to}"

@@ -86,17 +86,20 @@ class HandOver:
 
 @dataclasses.dataclass(frozen=True)
 class GateRecord:
-    """A node whose gate may be open under `epoch`. Written before its gate opens, gone after it closed for good.
+    """A node whose gate may be open. Its guard writes it anew in every renewal, after arming and before confirming, and
+    deletes it after it closed for good.
 
-    It is bound to a store lease of the node's own, which the guard renews before each opening. So the record of a node
-    that died goes by itself, but only after the kernel of that node has closed the gate.
+    So a record that has not been written for kernel_after_s is that of a closed gate, whatever became of its guard, of
+    the lease and of the store's own clocks.
     """
 
     node: str
     region: str
     epoch: int
-    lease_id: int = dataclasses.field(default=0, compare=False)
-    """The node's own store lease (not part of the value)."""
+    kernel_after_s: float = 60.0
+    """How long this node's kernel keeps the gate open after arming. The default is for records that do not say."""
+    revision: int = dataclasses.field(default=0, compare=False)
+    """The store's revision of the newest writing (not part of the value)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,13 @@ class StoreView:
             self.follower and self.lease and self.follower.epoch == self.lease.epoch and self.follower.streaming
         )
 
+    def holders_gates(self) -> tuple[GateRecord, ...]:
+        """Gates of the region of the newest epoch: the only ones that may be open, whether its lease lives or not.
+
+        Another region's gates were closed when that epoch was taken, or it could not have been taken.
+        """
+        return tuple(g for g in self.gates if self.epoch and g.region == self.epoch.region)
+
     def open_gates(self) -> tuple[GateRecord, ...]:
         """Gates that may be open under the present lease."""
         return tuple(g for g in self.gates if self.lease and g.epoch == self.lease.epoch)
@@ -155,7 +165,8 @@ class StoreView:
 def encode(record: EpochRecord | LeaseRecord | HandOver | GateRecord | Follower | Shipped) -> str:
     """The record as the JSON that is stored."""
     fields = dataclasses.asdict(record)
-    fields.pop("lease_id", None)
+    for not_stored in ("lease_id", "revision"):
+        fields.pop(not_stored, None)
     return json.dumps(fields, sort_keys=True)
 
 

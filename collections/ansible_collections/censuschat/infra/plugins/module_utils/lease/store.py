@@ -50,7 +50,7 @@ def view_of(pairs: Sequence[etcd.KeyValue], prefix: str) -> StoreView:
         elif name == "follower":
             found["follower"] = decode(Follower, pair.value, where)
         elif name.startswith("gates/"):
-            gates.append(decode(GateRecord, pair.value, where, lease_id=pair.lease_id))
+            gates.append(decode(GateRecord, pair.value, where, revision=pair.mod_revision))
     return StoreView(gates=tuple(gates), **found)
 
 
@@ -73,28 +73,20 @@ class LeaseStore:
         """Renew; the lease's time to live in seconds as the store counts it, 0 when it is gone."""
         return self.client.keep_alive(lease_id, deadline)
 
-    def remaining(self, lease_id: int) -> int:
-        """Seconds until the lease ends unless it is renewed; -1 when it is gone."""
-        return self.client.time_to_live(lease_id)
-
-    def node_lease(self, ttl_s: float, deadline: float | None = None) -> int:
-        """A store lease of a node's own, for its gate record."""
-        return self.client.grant(ttl_s, deadline)
+    def _gate_key(self, gate: GateRecord) -> str:
+        return self.key(f"gates/{gate.region}/{gate.node}")
 
     def register(self, gate: GateRecord, lease_id: int, deadline: float | None = None) -> bool:
-        """Say that this node's gate may open from now on. False: the lease changed, or is being handed over.
-
-        lease_id: of the write lease, which must still be this one. The record is bound to the gate's own lease.
-        """
+        """Write the node's record anew: its gate may open. False: the lease changed, or is being handed over."""
         return self.client.transaction(
             [etcd.bound_to(self.key("lease"), lease_id), etcd.absent(self.key("handover"))],
-            [etcd.put(self.key(f"gates/{gate.node}"), encode(gate), gate.lease_id)],
+            [etcd.put(self._gate_key(gate), encode(gate))],
             deadline,
         )
 
     def unregister(self, gate: GateRecord) -> bool:
         """Say that this node's gate is closed for good under this epoch."""
-        key = self.key(f"gates/{gate.node}")
+        key = self._gate_key(gate)
         return self.client.transaction([etcd.has_value(key, encode(gate))], [etcd.delete(key)])
 
     def record_follower(self, follower: Follower, lease_id: int) -> bool:
@@ -111,28 +103,44 @@ class LeaseStore:
         )
 
     def take(
-        self, view: StoreView, region: str, *, ttl_s: float, wall: float, by: str, epoch_floor: int = 0
+        self,
+        view: StoreView,
+        region: str,
+        *,
+        ttl_s: float,
+        wall: float,
+        by: str,
+        quiet_revision: int = 0,
+        epoch_floor: int = 0,
     ) -> LeaseRecord:
         """Take the free lease with the next epoch; exactly one of several takers wins.
 
-        The transaction holds only if no lease exists and the epoch is still the one in `view`. epoch_floor: the epoch
-        to go above when the store lost its memory. Raises LeaseError when somebody else was faster.
+        The transaction holds only if no lease exists, the epoch is still the one in `view` and, when that is another
+        region's, none of its gate records was written after quiet_revision. epoch_floor: the epoch to go above when
+        the store lost its memory. Raises LeaseError when somebody else was faster.
         """
-        conditions = [etcd.absent(self.key("lease"))]
+        conditions = [etcd.absent(self.key("lease")), *self._closed(view, region, quiet_revision)]
         return self._replace(view, region, conditions, ttl_s=ttl_s, wall=wall, by=by, epoch_floor=epoch_floor)
 
-    def swap(self, view: StoreView, handover: HandOver, *, ttl_s: float, wall: float, by: str) -> LeaseRecord:
+    def swap(
+        self, view: StoreView, handover: HandOver, *, ttl_s: float, wall: float, by: str, quiet_revision: int = 0
+    ) -> LeaseRecord:
         """Finish a hand-over: in one transaction the lease goes from a holder whose gates are all closed to `to`."""
         if view.lease is None:
             raise LeaseError("there is no lease to hand over")
         conditions = [
             etcd.bound_to(self.key("lease"), view.lease.lease_id),
             etcd.has_value(self.key("handover"), encode(handover)),
-            etcd.absent(self.key("gates/"), prefix=True),
+            *self._closed(view, handover.to, quiet_revision),
         ]
         if handover.require_shipped:
             conditions.append(etcd.present(self.key("shipped")))
         return self._replace(view, handover.to, conditions, ttl_s=ttl_s, wall=wall, by=by)
+
+    def _closed(self, view: StoreView, region: str, quiet_revision: int) -> list[dict[str, Any]]:
+        if view.epoch is None or view.epoch.region == region:
+            return []
+        return [etcd.no_newer(self.key(f"gates/{view.epoch.region}/"), quiet_revision)]
 
     def _replace(
         self,
@@ -149,6 +157,8 @@ class LeaseStore:
         lease_id = self.client.grant(ttl_s)
         epoch = EpochRecord(last + 1, region, round(wall, 3), by)
         lease = LeaseRecord(epoch.epoch, region, lease_id)
+        # What the other region's closed gates left is of no use any more.
+        old = view.epoch.region if view.epoch and view.epoch.region != region else None
         try:
             done = self.client.transaction(
                 [etcd.unchanged(self.key("epoch"), view.epoch_revision), *conditions],
@@ -157,6 +167,7 @@ class LeaseStore:
                     etcd.put(self.key("lease"), encode(lease), lease_id),
                     etcd.delete(self.key("handover")),
                     etcd.delete(self.key("shipped")),
+                    *([etcd.delete_below(self.key(f"gates/{old}/"))] if old else []),
                 ],
             )
         except etcd.EtcdUnreachable:
