@@ -158,18 +158,13 @@ def fail_over(lost: str) -> Repetition:
     )
 
 
-def standby_ready(region: str) -> None:
-    """Wait until the healed region follows the other one again, so that it can be failed over to."""
-    deadline = time.monotonic() + 180
-    while True:
-        done = subprocess.run(
-            [sys.executable, "-m", "lab.standby", region], cwd=REPO, capture_output=True, text=True, check=False
+def stand_by(region: str, writer: str) -> None:
+    """Make the healed region the warm standby of the other one, as it was before the repetition."""
+    for step, to in (("resynchronise", region), ("stand-down", writer)):
+        demo.run(
+            f"{step} for {to}",
+            ["ansible-playbook", "-i", INVENTORY, f"runbooks/steps/{step}.yml", "-e", f"to={to}"],
         )
-        if done.returncode == 0:
-            return
-        if time.monotonic() > deadline:
-            raise SystemExit(f"error: {region} does not follow again after 180 s: {done.stderr}")
-        time.sleep(2)
 
 
 def main() -> int:
@@ -187,8 +182,9 @@ def main() -> int:
             row = fail_over(lost)
             rows.append(row)
             print(f"run {number}: lost {lost}: ours {row.ours_s:.1f} s, floor {row.floor_s:.1f} s", flush=True)
-            standby_ready(lost)
-            lost = next(r for r in VARIABLES["regions"] if r != lost)
+            writer = next(r for r in VARIABLES["regions"] if r != lost)
+            stand_by(lost, writer)
+            lost = writer
     finally:
         demo.run("stop the clients", [sys.executable, "-m", "lab", "probe", "stop"], check=False)
     show(rows)

@@ -163,3 +163,28 @@ def test_killed_after_promotion_and_resumed_promotes_once(lost_region: demo.Outc
     call(*RUNBOOK, "run", "fail-back", "-i", INVENTORY, "--yes")
     wait_for_acks(PRIMARY, 60)
     assert ledger.measure(records(), start=cut - 5).two_writers_ms == 0
+
+
+def leaks(text: str, secrets: dict[str, str]) -> set[str]:
+    return {name for name, value in secrets.items() if value in text}
+
+
+def test_no_secret_was_written_down_or_shown(lost_region: demo.Outcome) -> None:
+    """After all of the above: no password in a journal, ledger, report, log, event or process list, here or on a node."""
+    secrets = {f.name: f.read_text().strip() for f in (STATE / "secrets").iterdir() if f.is_file()}
+    assert len(secrets) >= 3
+    found = {}
+    for path in (p for d in ("runs", "ledgers", "log") for p in (STATE / d).rglob("*") if p.is_file()):
+        if names := leaks(path.read_bytes().decode(errors="replace"), secrets):
+            found[str(path)] = names
+    if names := leaks(call("ps", "axww", "-o", "args").stdout, secrets):
+        found["process list"] = names
+    nodes = call("podman", "ps", "--filter", "label=censuschat.lab=true", "--format", "{{.Names}}").stdout.split()
+    assert len(nodes) == 13
+    for node in nodes:
+        logs = call(
+            "podman", "exec", node, "sh", "-c", "journalctl --no-pager; cat /var/log/*.log /var/log/*/*.log || :"
+        )
+        if names := leaks(logs.stdout, secrets):
+            found[node] = names
+    assert found == {}
