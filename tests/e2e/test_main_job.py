@@ -170,7 +170,7 @@ def leaks(text: str, secrets: dict[str, str]) -> set[str]:
 
 
 def test_no_secret_was_written_down_or_shown(lost_region: demo.Outcome) -> None:
-    """After all of the above: no password in a journal, ledger, report, log, event or process list, here or on a node."""
+    """After all of the above: no password in a journal, ledger, report, log or process list, here or on a node."""
     secrets = {f.name: f.read_text().strip() for f in (STATE / "secrets").iterdir() if f.is_file()}
     assert len(secrets) >= 3
     found = {}
