@@ -6,6 +6,7 @@ a step that had its effect but not its record is run again and observes that the
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import signal
@@ -23,7 +24,7 @@ from runbooks import errors, preflight
 from runbooks.definition import Definition, Parameter, Step
 from runbooks.environment import Environment
 from runbooks.errors import Problem, Refused, one_line
-from runbooks.journal import Heartbeat, Journal, LockLost, RunOutcome, RunState, find, remember, state_home
+from runbooks.journal import Heartbeat, Journal, LockLost, RunOutcome, RunState, find, pid_start, remember, state_home
 from runbooks.progress import Progress
 from runbooks.step import PlaybookProcess, Result, end_leftovers
 
@@ -82,7 +83,8 @@ class Warm:
 
     def __init__(self, run: str, inventory: Path) -> None:
         self._run, self._inventory = run, inventory.resolve()
-        self._directory = state_home() / "steps" / run
+        self._directory = state_home() / "steps" / f"{os.getpid()}.{pid_start(os.getpid())}"
+        _remove_remains(self._directory.parent)
         self._mutex = threading.Lock()
         self._waiting: list[tuple[Path, float]] = []
         self._ready: list[PlaybookProcess] = []
@@ -128,6 +130,14 @@ class Warm:
         for process in self._ready:
             process.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _remove_remains(directory: Path) -> None:
+    """Files of engines that were killed: they hold the environment that a playbook ran in."""
+    for remains in directory.glob("*.*"):
+        pid, _, start = remains.name.partition(".")
+        if pid.isdigit() and pid_start(int(pid)) != start:
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 @dataclass(slots=True)

@@ -70,7 +70,7 @@ class Process:
 
     @classmethod
     def current(cls) -> Self:
-        return cls(getpass.getuser(), socket.gethostname(), _boot(), os.getpid(), _pid_start(os.getpid()) or "")
+        return cls(getpass.getuser(), socket.gethostname(), _boot(), os.getpid(), pid_start(os.getpid()) or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Lock:
     def alive(self) -> bool:
         """Whether the holder still exists; on another machine, whether it was heard of within SILENT_S."""
         if self.process.host == socket.gethostname():
-            return self.process.boot == _boot() and _pid_start(self.process.pid) == self.process.pid_start
+            return self.process.boot == _boot() and pid_start(self.process.pid) == self.process.pid_start
         return time.time() - self.heartbeat < SILENT_S
 
     def describe(self) -> str:
@@ -417,7 +417,7 @@ def _boot() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def _pid_start(pid: int) -> str | None:
+def pid_start(pid: int) -> str | None:
     """Clock ticks from boot to the start of the process; None when there is none, or only its remains (a zombie)."""
     try:
         # The name in brackets may hold anything, also spaces and brackets; after the last one come state, ppid, ...

@@ -309,7 +309,9 @@ def test_killed_run_refuses_others_and_resumes_without_a_second_effect(place: Pl
         assert time.monotonic() < deadline, "the playbook went on without its engine"
         time.sleep(0.05)
     assert place.command("status").stdout.splitlines()[0].endswith("dead")
+    assert list((place.directory / "state").rglob("step-*")), "the killed engine's files are still there"
     third = place.run()
+    assert not list((place.directory / "state").rglob("step-*"))
     assert third.returncode == 3
     assert third.stderr.strip().endswith(f"next: runbook resume {run}")
 
