@@ -109,9 +109,14 @@ class Config:
         return Gate(self.rules, self.figures.kernel_after_s, GATE_MEMORY)
 
 
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def log(event: str, **fields: Any) -> None:
     """One JSON line for the journal. The guard knows no secrets: only ssl reads the key file."""
-    print(json.dumps({"event": event, **fields}, sort_keys=True), flush=True)
+    say(json.dumps({"event": event, **fields}, sort_keys=True))
 
 
 def notify(message: str) -> None:
@@ -198,7 +203,7 @@ class Guard:
             self._renew(lease, opens=planner.standing(self.known, self.clock()) is Standing.HOLDER)
         # The lease first; Patroni, which may be slow, only when the gate is as it must be. A renewal or a taking
         # changes what is known, so what follows from it is decided again, a few times at most.
-        for _ in range(3):
+        for _round in range(3):
             urgent = [a for a in planner.plan(self.known, self.clock()) if isinstance(a, _LEASE_ACTIONS)]
             for step in urgent:
                 self._perform(step)
@@ -578,7 +583,7 @@ def show_status(config: Config) -> int:
     status = read_status()
     status["status_age_s"] = round(boottime() - float(status["written_at_boottime"]), 2)
     status["kernel_gate"] = "open" if config.gate().is_open() else "closed"
-    print(json.dumps(status, indent=2, sort_keys=True))
+    say(json.dumps(status, indent=2, sort_keys=True))
     return 0
 
 
@@ -597,7 +602,7 @@ def check(config: Config) -> int:
         found.append("this region holds the lease and the gate is closed")
     found += [f"{part}: {text}" for part, text in status["problems"].items()]
     state = "open" if kernel_open else "closed"
-    print(f"gate {state}, holder {status['holder']}, epoch {status['epoch']}" + "".join(f"; {text}" for text in found))
+    say(f"gate {state}, holder {status['holder']}, epoch {status['epoch']}" + "".join(f"; {text}" for text in found))
     return 1 if found else 0
 
 
@@ -612,10 +617,10 @@ def main(argv: list[str]) -> int:
         "check": check,
     }
     if len(argv) != 1 or argv[0] not in commands:
-        print(USAGE, file=sys.stderr)
+        sys.stderr.write(USAGE + "\n")
         return 2
     try:
         return commands[argv[0]](Config.load())
     except _TROUBLE as error:
-        print(f"censuschat-guard: {error}", file=sys.stderr)
+        sys.stderr.write(f"censuschat-guard: {error}\n")
         return 1

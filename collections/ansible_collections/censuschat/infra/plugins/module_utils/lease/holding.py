@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from .model import HandOver, LeaseError, LeaseRecord, StoreView, boottime
 from .quiet import QuietWatch
@@ -94,7 +94,7 @@ class Refuse:
     detail: str
 
 
-Decision = Done | TakeIt | AskHolder | Swap | Withdraw | Wait | Refuse
+Decision: TypeAlias = "Done | TakeIt | AskHolder | Swap | Withdraw | Wait | Refuse"
 
 
 def decide(view: StoreView, request: Request, waiting: Waiting) -> Decision:
@@ -225,6 +225,7 @@ class Store(Protocol):
     """What is needed of the lease store."""
 
     def observe(self) -> StoreView: ...
+
     def take(
         self,
         view: StoreView,
@@ -236,10 +237,13 @@ class Store(Protocol):
         quiet_revision: int = 0,
         epoch_floor: int = 0,
     ) -> LeaseRecord: ...
+
     def swap(
         self, view: StoreView, handover: HandOver, *, ttl_s: float, wall: float, by: str, quiet_revision: int = 0
     ) -> LeaseRecord: ...
+
     def put_handover(self, handover: HandOver, lease_id: int) -> bool: ...
+
     def cancel_handover(self, handover: HandOver) -> bool: ...
 
 

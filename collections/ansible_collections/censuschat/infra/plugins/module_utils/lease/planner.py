@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from .model import Figures, GateRecord, HandOver, LeaseRecord, StoreView
 
@@ -130,7 +130,7 @@ class Unregister:
     gate: GateRecord
 
 
-Action = Shut | Renew | Take | Remember | SetPatroni | StopCleanly | Unregister
+Action: TypeAlias = "Shut | Renew | Take | Remember | SetPatroni | StopCleanly | Unregister"
 
 
 # ---- decisions ----

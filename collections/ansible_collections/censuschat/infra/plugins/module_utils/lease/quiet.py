@@ -44,14 +44,14 @@ class QuietWatch:
 
     def left_s(self, now: float) -> dict[str, float]:
         """Nodes whose gates may still be open, and for how many seconds at most if they stay quiet."""
-        left = {node: since + self._life[node] - now for node, (_, since) in self.seen.items()}
+        left = {node: since + self._life[node] - now for node, (_revision, since) in self.seen.items()}
         return {node: seconds for node, seconds in left.items() if seconds > 0}
 
     def age_s(self, now: float) -> float:
         """Seconds since the newest writing was first seen; infinite when there is no record."""
-        return min((now - since for _, since in self.seen.values()), default=math.inf)
+        return min((now - since for _revision, since in self.seen.values()), default=math.inf)
 
     @property
     def revision(self) -> int:
         """The newest revision among the records: what a taker compares, so that no writing can come in between."""
-        return max((revision for revision, _ in self.seen.values()), default=0)
+        return max((revision for revision, _since in self.seen.values()), default=0)
