@@ -33,7 +33,7 @@ lab_machine_ready() {
 # so "is it current" is one test for a file.
 environment_ready() {
     local key venv uv
-    key=$(sha256sum "$root/requirements/dev.txt" "$root/.python-version" | sha256sum | cut -c1-16)
+    key=$(cat "$root/requirements/dev.txt" "$root/.python-version" | sha256sum | cut -c1-16)
     venv=$CENSUSCHAT_CACHE/venv-$key
     uv=$CENSUSCHAT_CACHE/uv/bin/uv
     if [ ! -e "$venv/.complete" ]; then
