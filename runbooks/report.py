@@ -267,7 +267,7 @@ def chart(report: Mapping[str, Any]) -> dict[str, Any]:
     def at(moment: float) -> float:
         return float(round(100 * (moment - begin) / span, 3))
 
-    checked = {"id": "(checks)", "outcome": "ok", "elapsed_s": report["started"] - report["asked"]}
+    checked = {"id": "preflight", "outcome": "ok", "elapsed_s": report["started"] - report["asked"]}
     left, right = at(report["asked"]), at(report["started"])
     bars: list[dict[str, Any]] = [{"step": checked, "left": left, "width": max(right - left, 0.3), "wait": 0}]
     for step in report["steps"]:

@@ -227,7 +227,7 @@ def test_bars_lie_within_the_chart(stage: Stage) -> None:
     stage.ledger(gap=20)
     stage.run()
     chart = report.chart(stage.report())
-    assert [b["step"]["id"] for b in chart["bars"]] == ["(checks)", *STEPS]
+    assert [b["step"]["id"] for b in chart["bars"]] == ["preflight", *STEPS]
     assert all(0 <= b["left"] <= 100 and b["width"] > 0 for b in chart["bars"])
     marks = {m["name"]: m["at"] for m in chart["marks"]}
     assert marks["outage"] < marks["back"]
