@@ -427,7 +427,7 @@ class Guard:
         """Step down with nothing left behind: pause Patroni, stop PostgreSQL, see the other region hold it all."""
         view, patroni = self.known.view, self.known.patroni
         handover = view.active_handover() if view else None
-        if handover is None or patroni is None:
+        if view is None or handover is None or patroni is None:
             return
         try:
             if not patroni.marker:
@@ -460,8 +460,9 @@ class Guard:
         follow = {"standby_cluster": dict(self.config.standby_cluster), "pause": None, MARKER: None}
         if self._set_patroni(follow, "follow the other region: all is shipped"):
             # Stopped cleanly and set to come back as a standby: this node has stepped down.
-            life_s = self.config.figures.kernel_after_s
-            self._unregister(GateRecord(self.config.node, self.config.region, handover.epoch, life_s))
+            for gate in view.gates:
+                if gate.node == self.config.node:
+                    self._unregister(gate)
 
     def _unregister(self, gate: GateRecord) -> None:
         try:
@@ -469,7 +470,7 @@ class Guard:
         except _TROUBLE as error:
             self._problem("hand-over", str(error))
             return
-        log("gate_closed_for_good", epoch=gate.epoch)
+        log("gate_record_deleted", epoch=gate.epoch)
 
     # ---- memory and status ----
 

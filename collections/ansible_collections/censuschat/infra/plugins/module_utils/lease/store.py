@@ -85,9 +85,12 @@ class LeaseStore:
         )
 
     def unregister(self, gate: GateRecord) -> bool:
-        """Say that this node's gate is closed for good under this epoch."""
+        """Say that this node's gate is closed for good: delete the record that was seen.
+
+        A record written since then stays, so a request that is carried out late cannot hide a gate that opened again.
+        """
         key = self._gate_key(gate)
-        return self.client.transaction([etcd.has_value(key, encode(gate))], [etcd.delete(key)])
+        return self.client.transaction([etcd.unchanged(key, gate.revision)], [etcd.delete(key)])
 
     def record_follower(self, follower: Follower, lease_id: int) -> bool:
         """Say how the other region follows; forgotten with the lease."""
