@@ -159,10 +159,10 @@ def test_a_hand_over_waits_for_a_dead_nodes_gate(scene: Scene) -> None:
 def test_leases_that_a_frozen_store_member_ended_open_no_second_region(scene: Scene) -> None:
     """The holder's lease is gone although it was renewed; another region's operator asks at that very moment."""
     taken = 0
-    for delay in range(20):
+    for delay in range(10):
         results: list[Outcome | Exception] = []
         ask(scene, results, "held", "west")
-        scene.world.run_until(scene.world.now + delay / 10)
+        scene.world.run_until(scene.world.now + delay / 5)
         scene.cluster.end_all()
         scene.world.run_until(scene.world.now + 40)
         if isinstance(results[0], Outcome):
@@ -182,10 +182,10 @@ def test_a_taker_that_trusts_the_stores_clock_would_have_made_two_writers(
     """The counterpart of the test above: without the proof by watching the same moments do show two open regions."""
     monkeypatch.setattr(holding, "_take", lambda _view, _request, _waiting, detail: holding.TakeIt(detail))
     monkeypatch.setattr(LeaseStore, "_closed", lambda _self, _view, _region, _revision: [])
-    for delay in range(20):
+    for delay in range(10):
         results: list[Outcome | Exception] = []
         ask(scene, results, "held", "west")
-        scene.world.run_until(scene.world.now + delay / 10)
+        scene.world.run_until(scene.world.now + delay / 5)
         scene.cluster.end_all()
         scene.world.run_until(scene.world.now + 20)
         if scene.open_regions() == {"west"}:
@@ -334,7 +334,7 @@ def tormented(seed: int, directory: pathlib.Path, guard: type[Guard] = Guard) ->
     return scene
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_torment_opens_two_regions(seed: int, tmp_path: pathlib.Path) -> None:
     scene = tormented(seed, tmp_path)
     scene.world.finish()
@@ -401,9 +401,9 @@ def sweep(directory: pathlib.Path, guard: type[Guard], *freezes_s: float) -> tup
 
 
 def test_a_freeze_at_any_call_opens_no_second_region(tmp_path: pathlib.Path) -> None:
-    tried, found = sweep(tmp_path, Guard, 6.0, 13.0, 21.0)
+    tried, found = sweep(tmp_path, Guard, 13.0, 21.0)
     assert found == []
-    assert tried > 60
+    assert tried > 40
 
 
 def test_the_sweep_finds_a_guard_that_counts_from_the_answer(tmp_path: pathlib.Path) -> None:
