@@ -382,6 +382,17 @@ def test_members_of_etcd_restart_one_after_the_other(etcd_playbook: Path, standi
     assert all(s["changed"] == 0 for s in play(str(etcd_playbook)).values())
 
 
+def test_a_member_of_etcd_that_lost_its_data_takes_a_new_place(etcd_playbook: Path, standing_by: Region) -> None:
+    nodes = sorted(set(hosts("dcs")) & set(standing_by.db + standing_by.app))
+    lost = nodes[-1]
+    on(lost, "sh", "-c", "systemctl stop etcd-dcs.service && rm -rf /var/lib/etcd/dcs/*")
+    stats = play(str(etcd_playbook))
+    assert {host for host, s in stats.items() if s["changed"]} == {lost}
+    status, answer = request(lost, f"{address(lost)}:2379", "GET", "/health", certificate=True)
+    assert (status, json.loads(answer)) == (200, {"health": "true"})
+    assert all(s["changed"] == 0 for s in play(str(etcd_playbook)).values())
+
+
 def test_a_lost_primary_is_replaced_inside_its_region_without_loss(writing: Region) -> None:
     lost = writing.having("leader")[0]
     successor = writing.having("sync_standby")

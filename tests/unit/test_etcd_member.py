@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from ansible_collections.censuschat.infra.plugins.module_utils.etcd.member import Observed, Step, may_restart, plan
+from ansible_collections.censuschat.infra.plugins.module_utils.etcd.member import (
+    Observed,
+    Step,
+    may_rejoin,
+    may_restart,
+    plan,
+)
 
 ALL = frozenset({"a", "b", "c"})
 STALE = ("/etc/etcd/dcs.yml",)
@@ -40,3 +46,20 @@ def test_the_reason_names_the_files() -> None:
 )
 def test_a_member_restarts_only_while_the_others_serve(serving: frozenset[str], why: str) -> None:
     assert may_restart("a", ["a", "b", "c"], serving) == why
+
+
+@pytest.mark.parametrize(
+    ("empty", "serving", "may"),
+    [
+        (True, frozenset({"b", "c"}), True),
+        (False, frozenset({"b", "c"}), False),
+        (True, frozenset({"b"}), False),
+        (True, frozenset(), False),
+        # Its own answer, if there is one, is no help: the others must be able to do without it.
+        (True, frozenset({"a", "b"}), False),
+    ],
+)
+def test_a_member_takes_a_new_place_only_without_data_and_beside_a_quorum(
+    empty: bool, serving: frozenset[str], may: bool
+) -> None:
+    assert may_rejoin("a", ["a", "b", "c"], Observed(active=False, empty=empty), serving) is may

@@ -15,11 +15,28 @@ description:
   - Run on all members at once. A restart of a working cluster goes member by member. The turn is a key in the cluster
     itself, held under a lease, so it holds over several runs and controllers too, and an interrupted run gives it back.
   - A member is not restarted while another one does not serve, since that would take the quorum away.
+  - A member without data that the others still know, as on a node that was built anew, takes a new place in the cluster
+    if the others have a quorum without it.
 author:
   - CensusChat platform team (@censuschat)
 options:
   unit:
     description: Full name of the systemd unit.
+    type: str
+    required: true
+  config_file:
+    description:
+      - The member's configuration, with C(initial-cluster-state: new).
+      - The unit must start etcd with C(--config-file=${CONFIG}), C(Environment=CONFIG=) this file and
+        C(EnvironmentFile=-/run/UNIT.env).
+    type: path
+    required: true
+  data_directory:
+    description: The member's data.
+    type: path
+    required: true
+  peer_url:
+    description: The member's address for the other members.
     type: str
     required: true
   name:
@@ -70,6 +87,9 @@ EXAMPLES = r"""
 - name: Run what is on the disk, one member after the other
   censuschat.infra.etcd_member:
     unit: etcd-dcs.service
+    config_file: /etc/etcd/dcs.yml
+    data_directory: /var/lib/etcd/dcs
+    peer_url: https://10.77.1.21:2380
     name: use1-db1
     members:
       use1-db1: https://10.77.1.21:2379
@@ -99,15 +119,18 @@ serving:
 import time
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.censuschat.infra.plugins.module_utils.etcd.host import Host, MemberError
+from ansible_collections.censuschat.infra.plugins.module_utils.etcd.host import Files, Host, MemberError
 from ansible_collections.censuschat.infra.plugins.module_utils.etcd.member import Step, plan
-from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
+from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "unit": {"type": "str", "required": True},
+            "config_file": {"type": "path", "required": True},
+            "data_directory": {"type": "path", "required": True},
+            "peer_url": {"type": "str", "required": True},
             "name": {"type": "str", "required": True},
             "members": {"type": "dict", "required": True},
             "ca_file": {"type": "path", "required": True},
@@ -121,14 +144,16 @@ def main() -> None:
     p = module.params
     if p["name"] not in p["members"]:
         module.fail_json(msg=f"name: {p['name']} is not one of members: {', '.join(p['members'])}")
-    host = Host(p["unit"], p["name"], p["members"], (p["ca_file"], p["cert_file"], p["key_file"]), Commands())
+    files = Files(p["unit"], p["config_file"], p["data_directory"], p["peer_url"])
+    host = Host(files, p["name"], p["members"], (p["ca_file"], p["cert_file"], p["key_file"]))
     deadline = time.monotonic() + p["wait_s"]
     try:
         observed = host.observe(p["restart_on"])
         step, why = plan(observed)
         serving = observed.serving
         if not module.check_mode:
-            host.apply(step, deadline)
+            more = host.apply(step, observed, deadline)
+            why = f"{why}; {more}" if more else why
             serving = host.wait_serving(deadline)
     except (MemberError, NodeError) as error:
         module.fail_json(msg=f"etcd member {p['name']} ({p['unit']}): {error}")

@@ -4,15 +4,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.client
 import json
+import shutil
 import ssl
 import time
 import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ansible_collections.censuschat.infra.plugins.module_utils.etcd.member import Observed, Step, may_restart
+from ansible_collections.censuschat.infra.plugins.module_utils.etcd.member import (
+    Observed,
+    Step,
+    may_rejoin,
+    may_restart,
+)
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.etcd import (
     Etcd,
     EtcdError,
@@ -32,17 +39,35 @@ class MemberError(Exception):
     """A failure the user can act on."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where the member's parts are. `peer_url` is its address for the other members."""
+
+    unit: str
+    config: str
+    data: str
+    peer_url: str
+
+    @property
+    def run_config(self) -> Path:
+        """The configuration of a single start, and beside it the environment that points the unit to it."""
+        return Path("/run") / f"{self.unit.removesuffix('.service')}.yml"
+
+    @property
+    def run_environment(self) -> Path:
+        return self.run_config.with_suffix(".env")
+
+
 class Host:
     """One member on this node. `members` maps names to client URLs; `tls` is (ca, certificate, key)."""
 
-    def __init__(
-        self, unit: str, name: str, members: Mapping[str, str], tls: tuple[str, str, str], commands: Commands
-    ) -> None:
-        self.unit = unit
+    def __init__(self, files: Files, name: str, members: Mapping[str, str], tls: tuple[str, str, str]) -> None:
+        self.files = files
+        self.unit = files.unit
         self.name = name
         self.members = members
         self.tls = tls
-        self.commands = commands
+        self.commands = Commands()
 
     def observe(self, restart_on: Sequence[str]) -> Observed:
         """The unit and, only when a restart is at stake, the other members."""
@@ -56,7 +81,8 @@ class Host:
         since = time.time() - age
         stale = tuple(p for p in restart_on if _changed_at(p) > since)
         if not active or not stale:
-            return Observed(active=active, stale=stale)
+            empty = not active and not (Path(self.files.data) / "member").exists()
+            return Observed(active=active, empty=empty, stale=stale)
         return Observed(active=active, stale=stale, serving=self.serving())
 
     def serving(self) -> frozenset[str]:
@@ -78,17 +104,58 @@ class Host:
         except (OSError, ValueError, http.client.HTTPException):
             return False
 
-    def apply(self, step: Step, deadline: float) -> None:
-        """Carry the step out; `deadline` is on the monotonic clock."""
+    def apply(self, step: Step, observed: Observed, deadline: float) -> str:
+        """Carry the step out; `deadline` is on the monotonic clock. What had to be done beyond the plan."""
         if step is Step.START:
-            self.commands.must(["systemctl", "start", self.unit], "starting the member")
-        elif step is Step.RESTART:
+            started = self.commands.run(["systemctl", "start", self.unit])
+            if started.code == 0:
+                return ""
+            if not may_rejoin(self.name, list(self.members), observed, self.serving()):
+                raise MemberError(f"does not start: {started.tail(4)}. Look at `journalctl -u {self.unit}` here")
+            self._rejoin(deadline)
+            return "the others knew a member of this name that had data; it took a new place in the cluster"
+        if step is Step.RESTART:
             self.commands.must(["systemctl", "restart", self.unit], "restarting the member")
         elif step is Step.RESTART_IN_TURN:
             with self._turn(deadline):
                 self._wait_allowed(deadline)
                 self.commands.must(["systemctl", "restart", self.unit], "restarting the member")
                 self.wait_serving(deadline)
+        return ""
+
+    def _rejoin(self, deadline: float) -> None:
+        """Take a new place in a cluster that has a quorum without this member."""
+        others = [url for name, url in self.members.items() if name != self.name]
+        client = Etcd(others, Tls(*self.tls), request_timeout_s=3.0, budget_s=10.0)
+        self.commands.must(["systemctl", "stop", self.unit], "stopping the member that cannot start")
+        try:
+            known = client.call("/v3/cluster/member/list", {}).get("members") or []
+            for member in known:
+                if member.get("name") == self.name or self.files.peer_url in (member.get("peerURLs") or []):
+                    client.call("/v3/cluster/member/remove", {"ID": member["ID"]})
+            client.call("/v3/cluster/member/add", {"peerURLs": [self.files.peer_url]})
+        except EtcdError as error:
+            raise MemberError(f"cannot take a new place in the cluster: {error}") from error
+        finally:
+            client.close()
+        # It had no data; what is there now is what the failed start left.
+        for left in Path(self.files.data).iterdir():
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+        config = Path(self.files.config).read_text(encoding="utf-8")
+        self.files.run_config.write_text(
+            config.replace("initial-cluster-state: new", "initial-cluster-state: existing"), encoding="utf-8"
+        )
+        self.files.run_environment.write_text(f"CONFIG={self.files.run_config}\n", encoding="utf-8")
+        try:
+            self.commands.must(["systemctl", "start", self.unit], "starting the member in its new place")
+            self.wait_serving(deadline)
+        finally:
+            # The member's own data say from now on which cluster it belongs to.
+            self.files.run_environment.unlink()
+            self.files.run_config.unlink()
 
     def wait_serving(self, deadline: float) -> frozenset[str]:
         """Wait until this member serves; the members that do then."""

@@ -23,11 +23,12 @@ class Step(enum.Enum):
 class Observed:
     """The member as it is.
 
-    active: the unit runs. stale: files that are newer than the running process.
+    active: the unit runs. empty: it has no data. stale: files that are newer than the running process.
     serving: names of the members that answer a health check, which needs a quorum.
     """
 
     active: bool
+    empty: bool = False
     stale: tuple[str, ...] = ()
     serving: frozenset[str] = frozenset()
 
@@ -48,3 +49,13 @@ def may_restart(name: str, members: Sequence[str], serving: frozenset[str]) -> s
     """Why `name` may not be restarted now; empty when it may."""
     missing = [m for m in members if m != name and m not in serving]
     return f"{', '.join(missing)} not serving" if missing else ""
+
+
+def may_rejoin(name: str, members: Sequence[str], observed: Observed, serving: frozenset[str]) -> bool:
+    """Whether a member that could not start may give up its old place in the cluster and take a new one.
+
+    Only one that had no data, as on a node that was built anew, while the others have a quorum without it: they know it
+    as a member that once was there, and refuse it as a new one.
+    """
+    others = [m for m in members if m != name and m in serving]
+    return observed.empty and len(others) > len(members) // 2
