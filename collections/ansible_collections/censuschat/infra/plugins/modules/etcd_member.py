@@ -26,7 +26,7 @@ options:
     required: true
   config_file:
     description:
-      - The member's configuration, with C(initial-cluster-state: new).
+      - The member's configuration, with C(new) as its C(initial-cluster-state).
       - The unit must start etcd with C(--config-file=${CONFIG}), C(Environment=CONFIG=) this file and
         C(EnvironmentFile=-/run/UNIT.env).
     type: path
