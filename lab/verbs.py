@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab import machine, nodes, topology
+from lab import lock, machine, nodes, topology
 from lab.cli import EXIT_BUSY, EXIT_FAILED, Refusal
 from lab.paths import REPO, STATE
 
@@ -55,28 +54,15 @@ def need_root() -> None:
 
 @contextlib.contextmanager
 def alone(patience: float = 60.0) -> Iterator[int]:
-    """Only one command at a time may change the lab; gives the lock's file descriptor.
-
-    The playbook's process holds the lock too, so that one whose `lab` was killed is waited for (`patience` seconds)
-    instead of being raced.
-    """
-    with LOCK.open("w", encoding="utf-8") as file:
-        deadline, said = time.monotonic() + patience, False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise Refusal("another lab command is still changing the lab; try again later", EXIT_BUSY) from None
-                if not said:
-                    print("another lab command is changing the lab; waiting for it to end", file=sys.stderr)
-                said = True
-                time.sleep(0.2)
-        yield file.fileno()
+    """Holds the lock of all commands that change the lab; refuses when another one keeps it for `patience` seconds."""
+    try:
+        with lock.alone(LOCK, patience) as descriptor:
+            yield descriptor
+    except lock.BusyError:
+        raise Refusal("another lab command is still changing the lab; try again later", EXIT_BUSY) from None
 
 
-def play(verb: str, inventory: Path, lock: int | None = None, **variables: str | bool) -> int:
+def play(verb: str, inventory: Path, held: int | None = None, **variables: str | bool) -> int:
     """Runs the verb's playbook with progress lines; returns 0, or 1 when a task failed."""
     environment = {
         **os.environ,
@@ -90,7 +76,7 @@ def play(verb: str, inventory: Path, lock: int | None = None, **variables: str |
     extra = json.dumps({"lab_inventory": str(inventory), **variables})
     ansible = (sys.executable, "-m", "ansible", "playbook")
     command = (*ansible, "-i", str(inventory), "-e", extra, str(PLAYBOOKS / f"{verb}.yml"))
-    kept = () if lock is None else (lock,)
+    kept = () if held is None else (held,)
     done = subprocess.run(command, env=environment, check=False, stdin=subprocess.DEVNULL, pass_fds=kept)
     return EXIT_FAILED if done.returncode else 0
 
@@ -105,11 +91,11 @@ def up(arguments: argparse.Namespace) -> int:
     found = machine.problems(machine.observe(lab), lab, resuming=there is not None)
     if found:
         raise Refusal(" ".join(found))
-    with alone() as lock:
+    with alone() as held:
         began = time.monotonic()
         STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
         nodes.write(RECORD, json.dumps({"inventory": str(inventory)}) + "\n")
-        code = play("up", inventory, lock)
+        code = play("up", inventory, held)
         if code == 0:
             print(
                 f"the lab is up: {len(lab.nodes)} nodes, {time.monotonic() - began:.0f} s; see: scripts/run lab status"
@@ -124,8 +110,8 @@ def up(arguments: argparse.Namespace) -> int:
 def down(arguments: argparse.Namespace) -> int:
     need_root()
     # An `up` that was killed may still be making an image; nothing of it may come after the removal.
-    with alone(patience=300) as lock:
-        code = play("down", INVENTORIES[False], lock, lab_images=arguments.images)
+    with alone(patience=300) as held:
+        code = play("down", INVENTORIES[False], held, lab_images=arguments.images)
         if code == 0:
             images = "its images too" if arguments.images else "its images stay cached (--images removes them)"
             print(f"the lab is gone; {images}")

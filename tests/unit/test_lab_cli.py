@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import cli, machine, topology, verbs
+from lab import background, cli, lock, machine, topology, verbs
 from lab.paths import REPO
 
 
@@ -105,6 +105,61 @@ def test_a_second_command_waits_for_the_first_and_then_gives_up(
     assert "waiting for it to end" in capsys.readouterr().err
     with verbs.alone(patience=0.5) as descriptor:
         assert descriptor > 2
+
+
+HOLDER = lock.Holder
+
+
+@pytest.mark.parametrize(
+    ("holders", "idle", "expected"),
+    [
+        pytest.param([HOLDER(1, frozenset({2})), HOLDER(2, frozenset({9}))], {}, {1}, id="no further step is started"),
+        pytest.param([HOLDER(2, frozenset({9}))], {}, set(), id="a running step is waited for"),
+        pytest.param([HOLDER(2, frozenset())], {2: 0.4}, set(), id="one that has just ended its step is not rushed"),
+        pytest.param([HOLDER(2, frozenset())], {2: 1.2}, {2}, id="one that hangs is ended"),
+    ],
+)
+def test_what_is_left_of_a_killed_command(
+    holders: list[lock.Holder], idle: dict[int, float], expected: set[int]
+) -> None:
+    assert lock.doomed({holder.pid: holder for holder in holders}, idle) == expected
+
+
+KILLED = """
+import pathlib, subprocess, sys, time
+from lab import lock
+with lock.alone(pathlib.Path(sys.argv[1]), 5) as held:
+    # As a playbook does: a process that goes on, with a step that takes a second.
+    step = "import subprocess, time; subprocess.run(['sleep', '1']); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", step], pass_fds=[held])
+    print(child.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_command_is_taken_once_its_step_has_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "lock")]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout
+        child = int(owner.stdout.readline())
+        # While its owner lives nobody is harmed.
+        with pytest.raises(lock.BusyError), lock.alone(tmp_path / "lock", 1.5):
+            pytest.fail("the lock was given twice")
+        assert background.start_time(child) is not None
+        # One that only waits, as this process did, holds nothing.
+        with (tmp_path / "lock").open():
+            assert set(lock.find_holders(tmp_path / "lock")) == {owner.pid, child}
+        owner.kill()
+    wait = "import pathlib, sys; from lab import lock\nwith lock.alone(pathlib.Path(sys.argv[1]), 20): print('mine')"
+    waiters = [
+        subprocess.Popen(
+            [sys.executable, "-c", wait, str(tmp_path / "lock")], cwd=REPO, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    # Each gets it in turn, and neither takes the other for a remainder.
+    assert [waiter.communicate()[0] for waiter in waiters] == ["mine\n", "mine\n"]
+    assert background.start_time(child) is None
 
 
 def test_help_is_fast_and_imports_no_ansible() -> None:
