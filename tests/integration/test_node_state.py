@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-INVENTORY = os.environ.get("CENSUSCHAT_INVENTORY", "inventories/lab")
-NODE = "witness1"
-BIN = Path(sys.executable).parent
+from lab.topology import Topology
+from tests.integration.trial import Play, play, playbook_of, shell
+
 UNIT = "/etc/systemd/system/censuschat-trial.service"
 CONF = "/etc/censuschat-trial/trial.conf"
 
@@ -52,44 +46,17 @@ GONE: dict[str, Any] = {
 }
 
 
+def job(name: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "censuschat.infra.node_state": state}
+
+
+def run(tmp_path: Path, state: dict[str, Any], *options: str) -> Play:
+    return play(playbook_of(tmp_path, [job("State", state)]), *options)
+
+
 def task(tmp_path: Path, state: dict[str, Any], *options: str) -> dict[str, Any]:
-    """Run node_state with `state` on the node; returns the task's result."""
-    path = tmp_path / "state.yml"
-    job = {"name": "State", "become": True, "censuschat.infra.node_state": state}
-    path.write_text(yaml.safe_dump([{"hosts": NODE, "gather_facts": False, "tasks": [job]}]))
-    done = subprocess.run(
-        [str(BIN / "ansible-playbook"), "-i", INVENTORY, str(path), *options],
-        cwd=ROOT,
-        env={**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    data = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])[0]
-    found: dict[str, Any] = data["plays"][0]["tasks"][0]["hosts"][NODE]
-    found["everything"] = done.stdout + done.stderr
-    return found
-
-
-def shell(tmp_path: Path, script: str) -> str:
-    """Run a shell script as root on the node."""
-    path = tmp_path / "shell.yml"
-    job = {"name": "Shell", "become": True, "ansible.builtin.shell": {"cmd": script}}
-    path.write_text(yaml.safe_dump([{"hosts": NODE, "gather_facts": False, "tasks": [job]}]))
-    done = subprocess.run(
-        [str(BIN / "ansible-playbook"), "-i", INVENTORY, str(path)],
-        cwd=ROOT,
-        env={**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    data = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])[0]
-    result = data["plays"][0]["tasks"][0]["hosts"][NODE]
-    assert not result.get("failed") and not result.get("unreachable"), result
-    return str(result["stdout"])
+    """Run node_state with `state` on the node; returns its result."""
+    return run(tmp_path, state, *options).result("State")
 
 
 def actions(result: dict[str, Any]) -> list[tuple[str, str]]:
@@ -97,29 +64,35 @@ def actions(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def clean(tmp_path: Path) -> None:
-    task(tmp_path, GONE)
-    task(tmp_path, {"absent": [UNIT, "/etc/censuschat-trial", "/etc/cron.d/censuschat-trial"]})
-    shell(tmp_path, "userdel trial 2>/dev/null; groupdel trial 2>/dev/null; dpkg --purge cron 2>/dev/null; true")
+    remove = {"absent": [UNIT, "/etc/censuschat-trial", "/etc/sudoers.d/zz-trial"]}
+    play(playbook_of(tmp_path, [job("Stop", GONE), job("Remove", remove)]))
+    shell("userdel trial 2>/dev/null; groupdel trial 2>/dev/null; dpkg --purge cron 2>/dev/null; true")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_clean(running_lab: Topology, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    yield
+    clean(tmp_path_factory.mktemp("clean"))
 
 
 @pytest.fixture(name="bare")
-def bare_node(tmp_path: Path) -> Iterator[Path]:
+def bare_node(tmp_path: Path) -> Path:
     clean(tmp_path)
-    yield tmp_path
-    clean(tmp_path)
+    return tmp_path
 
 
 def test_bare_node_to_converged_and_drift_back(bare: Path) -> None:
-    planned = task(bare, STATE, "--check", "--diff")
-    assert planned["changed"] is True, planned
-    assert shell(bare, f"ls -d /etc/censuschat-trial {UNIT} 2>/dev/null; getent passwd trial; true") == ""
-    applied = task(bare, STATE, "--diff")
-    assert actions(applied) == actions(planned)
-    assert "hunter2" not in planned["everything"] + applied["everything"]
-    assert "hunter2" not in shell(bare, "journalctl --since -5min")
+    check = run(bare, STATE, "--check", "--diff")
+    planned = check.result("State")
+    assert planned["changed"] is True, check.text
+    assert shell(f"ls -d /etc/censuschat-trial {UNIT} 2>/dev/null; getent passwd trial; true") == ""
+    applied = run(bare, STATE, "--diff")
+    assert actions(applied.result("State")) == actions(planned)
+    assert "hunter2" not in check.text + applied.text
+    assert "hunter2" not in shell("journalctl --since -5min")
     facts = "systemctl is-active censuschat-trial; systemctl is-enabled censuschat-trial; "
     facts += f"stat -c '%U %G %a' /etc/censuschat-trial {CONF}; readlink /etc/censuschat-trial/current; id -Gn trial"
-    assert shell(bare, facts).splitlines() == [
+    assert shell(facts).splitlines() == [
         "active",
         "enabled",
         "root trial 750",
@@ -131,17 +104,17 @@ def test_bare_node_to_converged_and_drift_back(bare: Path) -> None:
     assert task(bare, STATE, "--check")["changed"] is False
 
     # A run that wrote the file and died before the restart: the next one still restarts.
-    pid = shell(bare, f"touch {CONF}; systemctl show -P MainPID censuschat-trial")
+    pid = shell(f"touch {CONF}; systemctl show -P MainPID censuschat-trial")
     again = task(bare, STATE)
     assert actions(again) == [("service", "censuschat-trial.service")]
     assert again["actions"][0]["detail"].startswith("restart:")
-    assert shell(bare, "systemctl show -P MainPID censuschat-trial") != pid
+    assert shell("systemctl show -P MainPID censuschat-trial") != pid
     assert task(bare, STATE)["actions"] == []
 
     # A reload leaves the process, and is not repeated.
-    pid = shell(bare, "touch /etc/censuschat-trial/password; systemctl show -P MainPID censuschat-trial")
+    pid = shell("touch /etc/censuschat-trial/password; systemctl show -P MainPID censuschat-trial")
     assert task(bare, STATE)["actions"][0]["detail"].startswith("reload:")
-    assert shell(bare, "systemctl show -P MainPID censuschat-trial") == pid
+    assert shell("systemctl show -P MainPID censuschat-trial") == pid
     assert task(bare, STATE)["actions"] == []
 
 
@@ -151,20 +124,19 @@ def test_package_does_not_start_its_daemon_and_the_state_does(bare: Path) -> Non
     planned = task(bare, running, "--check")
     assert [a["kind"] for a in planned["actions"]] == ["package", "service", "service"]
     assert task(bare, wanted)["changed"] is True
-    assert shell(bare, "systemctl is-active cron; ls /usr/sbin/policy-rc.d 2>/dev/null; true") == "inactive"
+    assert shell("systemctl is-active cron; ls /usr/sbin/policy-rc.d 2>/dev/null; true") == "inactive"
     assert [a["detail"] for a in task(bare, running)["actions"]] == ["start: is inactive"]
     assert task(bare, running)["actions"] == []
     assert actions(task(bare, GONE)) == [("package", "cron")]
-    assert shell(bare, "systemctl is-active cron || true") == "inactive"
+    assert shell("systemctl is-active cron || true") == "inactive"
 
 
 def test_busy_dpkg_is_waited_for(bare: Path) -> None:
     hold = "python3 -c \"import fcntl,time; f=open('/var/lib/dpkg/lock-frontend','w'); fcntl.lockf(f, fcntl.LOCK_EX); "
-    hold += "print('held', flush=True); time.sleep(12)\""
-    holder = threading.Thread(target=shell, args=(bare / "holder", hold))
-    (bare / "holder").mkdir()
+    hold += "print('held', flush=True); time.sleep(8)\""
+    holder = threading.Thread(target=shell, args=(hold,))
     holder.start()
-    time.sleep(4)
+    time.sleep(1)
     result = task(bare, {"packages": {"present": ["cron"]}})
     holder.join()
     assert actions(result) == [("package", "cron")], result
@@ -181,8 +153,7 @@ def test_content_that_does_not_validate_is_not_written(bare: Path) -> None:
     result = task(bare, {"files": [{**good, "content": "Defaults what is this\n"}]})
     assert result["failed"] is True
     assert "/etc/sudoers.d/zz-trial was not replaced: its new content does not pass `visudo -cf %s`" in result["msg"]
-    assert shell(bare, "cat /etc/sudoers.d/zz-trial; ls -A /etc/sudoers.d | grep -c trial") == "Defaults use_pty\n1"
-    assert task(bare, {"absent": ["/etc/sudoers.d/zz-trial"]})["changed"] is True
+    assert shell("cat /etc/sudoers.d/zz-trial; ls -A /etc/sudoers.d | grep -c trial") == "Defaults use_pty\n1"
 
 
 def test_service_that_dies_is_a_failure_with_its_own_words(bare: Path) -> None:
@@ -198,17 +169,21 @@ def test_service_that_dies_is_a_failure_with_its_own_words(bare: Path) -> None:
     assert actions(result) == [("file", UNIT), ("systemd", "daemon-reload")]
 
 
-@pytest.mark.parametrize(
-    ("state", "sentence"),
-    [
-        ({"services": [{"name": "ghost.service", "state": "started"}]}, "unit ghost.service does not exist"),
-        ({"packages": {"present": ["no-such-package-at-all"]}}, "Unable to locate package no-such-package-at-all"),
-        ({"files": [{"path": "/etc/none/x", "content": "x"}]}, "/etc/none does not exist; list it under directories"),
-        ({"files": [{"path": "/etc/x", "content": "x", "owner": "ghost"}]}, "user ghost does not exist"),
-        ({"absent": ["/etc"]}, "a top-level directory is never removed"),
-    ],
-)
-def test_state_that_cannot_be_is_one_clear_failure(bare: Path, state: dict[str, Any], sentence: str) -> None:
-    result = task(bare, state)
-    assert result["failed"] is True
-    assert sentence in result["msg"]
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "unit": ({"services": [{"name": "ghost.service", "state": "started"}]}, "unit ghost.service does not exist"),
+    "package": (
+        {"packages": {"present": ["no-such-package-at-all"]}},
+        "Unable to locate package no-such-package-at-all",
+    ),
+    "directory": ({"files": [{"path": "/etc/none/x", "content": "x"}]}, "/etc/none does not exist"),
+    "owner": ({"files": [{"path": "/etc/x", "content": "x", "owner": "ghost"}]}, "user ghost does not exist"),
+    "removal": ({"absent": ["/etc"]}, "a top-level directory is never removed"),
+}
+
+
+def test_state_that_cannot_be_is_one_clear_failure(tmp_path: Path) -> None:
+    outcome = play(playbook_of(tmp_path, [job(name, state) for name, (state, _sentence) in REFUSED.items()]))
+    for name, (_state, sentence) in REFUSED.items():
+        result = outcome.result(name)
+        assert result["failed"] is True, name
+        assert sentence in result["msg"], name

@@ -129,8 +129,7 @@ def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
     settings = module.params["settings"]
     if module.params["revert_after"] < 20:
         raise NodeError("revert_after under 20 s leaves no time for the proof")
-    if not module.check_mode:
-        sshd_host.settle(commands)
+    sshd_host.settle(commands, check=module.check_mode)
     observed = sshd_host.observe(commands)
     actions = sshd_plan.plan(settings, observed)
     sshd_host.prove_candidate(settings, actions, module.params["provable"], commands)

@@ -132,13 +132,13 @@ class Hardening:
         if not check and not audit and any(c.actions for c in self.controls):
             planned = self._apply()
             self._verify(planned)
-        sshd = self._sshd(planned)
+        sshd = self._sshd(planned, check=check or audit)
         for control in self.controls:
             control.actions = planned[control.id]
         return Outcome(
             results=[c.result(audit) for c in self.controls],
             actions=[] if audit else [a for c in self.controls for a in c.actions if not c.error],
-            sshd=sshd if not check and not audit else {},
+            sshd={} if check or audit else sshd,
         )
 
     def _refuse_conflicts(self) -> None:
@@ -284,13 +284,14 @@ class Hardening:
                 left = "; ".join(f"{a.target}: {a.detail}" for a in control.actions)
                 control.error = f"applied, but the node still differs: {left}"
 
-    def _sshd(self, planned: dict[str, list[Action]]) -> dict[str, Any]:
+    def _sshd(self, planned: dict[str, list[Action]], *, check: bool) -> dict[str, Any]:
         """Plan sshd for all its controls together; the settings to bring in, or {} when there is nothing to do."""
         controls = [c for c in self._active if c.sshd]
         settings = {key: value for c in controls for key, value in c.sshd.items()}
         if not settings:
             return {}
         try:
+            sshd_host.settle(self.commands, check=check)
             observed = sshd_host.observe(self.commands)
             actions = sshd_plan.plan(settings, observed)
             sshd_host.prove_candidate(settings, actions, self.provable, self.commands)

@@ -197,14 +197,21 @@ def prove_candidate(settings: Mapping[str, Any], actions: Sequence[Action], prov
             raise NodeError(f"the change would lock out {login.user}, nothing was changed: {problem}")
 
 
-def settle(commands: Commands) -> None:
-    """Deal with an unproven change of an earlier run: refuse while its timer is armed, undo it when it is not."""
+def settle(commands: Commands, *, check: bool) -> None:
+    """Deal with an unproven change of an earlier run: refuse while its timer is armed, undo it when it is not.
+
+    What stands on disk then is not to be taken for the present state: the revert will replace it.
+    """
     if not os.path.isdir(PENDING):
         return
     if commands.run(["systemctl", "-q", "is-active", f"{TIMER}.timer"]).code == 0:
         raise NodeError(
             "an earlier sshd change on this node still waits for its proof and its timer will undo it: "
             "nothing was changed, run again in a few minutes"
+        )
+    if check:
+        raise NodeError(
+            "an sshd change of an earlier run was left unproven; a run without check mode undoes it first"
         )
     commands.must(["/bin/sh", REVERT], "undoing an sshd change that an earlier run left unproven")
 
