@@ -48,9 +48,8 @@ class Environment:
     def __init__(self, path: Path) -> None:
         if not path.exists():
             raise Problem(f"There is no inventory at {path}", next_command="runbook run --help")
-        # An inventory of which a part cannot be read is not the environment: Ansible would only warn.
-        os.environ["ANSIBLE_INVENTORY_ANY_UNPARSED_IS_FAILED"] = "true"
         os.environ.setdefault("ANSIBLE_CONFIG", str(ANSIBLE_CONFIG))
+        from ansible import constants
         from ansible.errors import AnsibleError
         from ansible.inventory.manager import InventoryManager
         from ansible.parsing.dataloader import DataLoader
@@ -59,6 +58,8 @@ class Environment:
 
         self.path = path.resolve()
         _once(init_plugin_loader)
+        # An inventory of which a part cannot be read is not the environment: Ansible would only warn.
+        constants.INVENTORY_ANY_UNPARSED_IS_FAILED = True
         self._loader = DataLoader()
         warnings = io.StringIO()
         try:
