@@ -51,7 +51,7 @@ def build(journal: Journal, run: str, definition: Definition, environment: Envir
         "elapsed_s": None if state.ended is None else round(state.ended - state.started, 3),
         "steps": [_step(definition, state, step) for step in state.steps],
         "outputs": state.outputs,
-        "targets": targets,
+        "targets": environment.get("targets") or {},
         "checks": checks,
         "figures": figures,
         "not_measured": why_not,
