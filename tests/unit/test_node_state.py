@@ -34,6 +34,7 @@ def observed(data: dict[str, Any]) -> Observed:
     names = data.get("hostnames", ["", ""])
     return Observed(
         hostnames=(names[0], names[1]),
+        leftovers=tuple(data.get("leftovers", [])),
         installed=frozenset(data.get("installed", [])),
         groups=frozenset(data.get("groups", [])),
         users={

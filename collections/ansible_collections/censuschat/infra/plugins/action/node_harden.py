@@ -69,8 +69,8 @@ class ActionModule(ActionBase):
         task_vars: dict[str, Any],
     ) -> None:
         changed = sshd_guard.change(self, {"settings": settings}, task_vars)
+        result["changed"] = bool(result["changed"] or changed.get("changed"))
         if not changed.get("failed"):
-            result["changed"] = True
             return
         for control in selection.controls:
             outcome = outcomes[control.id]

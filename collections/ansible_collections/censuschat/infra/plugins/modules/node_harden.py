@@ -158,7 +158,7 @@ def main() -> None:
     except NodeError as error:
         module.fail_json(msg=str(error))
     module.exit_json(
-        changed=bool(outcome.actions),
+        changed=outcome.changed,
         controls=outcome.results,
         sshd=outcome.sshd,
         diff=diff_of(outcome.actions),

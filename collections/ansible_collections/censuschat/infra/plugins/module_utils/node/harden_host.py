@@ -108,9 +108,13 @@ class Held:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the module returns. `sshd` holds settings that the action plugin has to bring in with proof."""
+    """What the module returns. `sshd` holds settings that the action plugin has to bring in with proof.
+
+    `changed` leaves these out: whether they come to stay is not known yet.
+    """
 
     results: list[dict[str, str]]
+    changed: bool
     actions: list[Action]
     sshd: dict[str, Any]
 
@@ -135,9 +139,12 @@ class Hardening:
         sshd = self._sshd(planned, check=check or audit)
         for control in self.controls:
             control.actions = planned[control.id]
+        # A control that failed half-way through an apply has changed the node; one that cannot be planned has not.
+        actions = [] if audit else [a for c in self.controls for a in c.actions if not (check and c.error)]
         return Outcome(
             results=[c.result(audit) for c in self.controls],
-            actions=[] if audit else [a for c in self.controls for a in c.actions if not c.error],
+            changed=any(check or a.kind not in ("sshd", "sshd_reload") for a in actions),
+            actions=actions,
             sshd={} if check or audit else sshd,
         )
 

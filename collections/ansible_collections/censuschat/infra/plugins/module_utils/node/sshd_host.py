@@ -210,9 +210,7 @@ def settle(commands: Commands, *, check: bool) -> None:
             "nothing was changed, run again in a few minutes"
         )
     if check:
-        raise NodeError(
-            "an sshd change of an earlier run was left unproven; a run without check mode undoes it first"
-        )
+        raise NodeError("an sshd change of an earlier run was left unproven; a run without check mode undoes it first")
     commands.must(["/bin/sh", REVERT], "undoing an sshd change that an earlier run left unproven")
 
 

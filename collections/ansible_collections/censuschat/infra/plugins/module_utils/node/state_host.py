@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import grp
 import os
 import pwd
@@ -66,6 +67,7 @@ def observe(desired: Desired, commands: Commands) -> Observed:
         if path not in looked:
             looked[path] = observe_path(path)
     return Observed(
+        leftovers=(_POLICY,) if _policy_is_left() else (),
         hostnames=(os.uname().nodename, (observe_path("/etc/hostname", read=True).content or "").strip()),
         installed=installed_packages([*desired.packages_present, *desired.packages_absent], commands),
         groups=frozenset(g.gr_name for g in grp.getgrall()),
@@ -340,10 +342,23 @@ def _no_starts() -> Iterator[None]:
     now = observe_path(_POLICY, read=True)
     # Someone else's policy is respected; one of ours left by an interrupted run is taken over.
     ours = now.kind == "absent" or now.content == _POLICY_TEXT
-    if ours:
-        write_atomically(_POLICY, _POLICY_TEXT, "root", "root", 0o755)
-    try:
+    if not ours:
         yield
+        return
+    write_atomically(_POLICY, _POLICY_TEXT, "root", "root", 0o755)
+    try:
+        with open(_POLICY, encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
     finally:
-        if ours:
-            remove_path(_POLICY)
+        remove_path(_POLICY)
+
+
+def _policy_is_left() -> bool:
+    """Whether a policy of ours stands there that no run holds any more."""
+    try:
+        with open(_POLICY, encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle.read() == _POLICY_TEXT
+    except OSError:
+        return False

@@ -196,10 +196,12 @@ class UnitState:
 class Observed:
     """The node as it is, for the names and paths that the desired state speaks of.
 
-    `hostnames` are the kernel's and the one that the next boot takes from its file.
+    `hostnames` are the kernel's and the one that the next boot takes from its file; `leftovers` are files that
+    an interrupted run of this module made for its own time.
     """
 
     hostnames: tuple[str, str] = ("", "")
+    leftovers: tuple[str, ...] = ()
     installed: frozenset[str] = frozenset()
     groups: frozenset[str] = frozenset()
     users: Mapping[str, UserState] = dataclasses.field(default_factory=dict)

@@ -23,7 +23,8 @@ _UNIT_DIRECTORIES = ("/etc/systemd/system/", "/usr/lib/systemd/system/", "/lib/s
 
 def plan(desired: Desired, observed: Observed) -> list[Action]:
     """The actions that bring `observed` to `desired`; an empty list when nothing is to be done."""
-    actions = _packages(desired, observed)
+    actions = [Action("absent", path, "left by an interrupted run", path) for path in observed.leftovers]
+    actions += _packages(desired, observed)
     installing = any(a.kind == "package" and a.detail == "install" for a in actions)
     if desired.hostname and set(observed.hostnames) != {desired.hostname}:
         now = " / ".join(dict.fromkeys(observed.hostnames))
