@@ -143,7 +143,7 @@ def test_killed_after_promotion_and_resumed_promotes_once(lost_region: demo.Outc
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
         started = [r for r in runs() if r["started"] > 0]
         state = json.loads(call(*RUNBOOK, "status", started[-1]["run"], "--json").stdout)
-        if state["steps"].get("promote", {}).get("outcome") == "done":
+        if state["steps"].get("promote", {}).get("outcome") == "ok":
             break
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
