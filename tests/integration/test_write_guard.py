@@ -301,19 +301,16 @@ def signal_guards(nodes: list[str], name: str) -> float:
     return began
 
 
-def lease_ends(patience_s: float = 2 * TTL_S) -> float:
-    """When the lease was seen gone from the store."""
-    end = time.monotonic() + patience_s
-    while "lease" in store_keys("lease"):
-        assert time.monotonic() < end, "the lease is renewed by somebody"
-        time.sleep(0.1)
-    return time.monotonic()
+def lease_is_there() -> bool:
+    return "lease" in store_keys("lease")
 
 
-def assert_closed(region: Region) -> None:
-    for node in region.db:
-        assert status(node)["kernel_gate"] == "closed"
-        assert can_connect(region.app, address(node)) == "refused"
+def is_closed(region: Region) -> bool:
+    """No node of the region takes a connection of its application; asked of the kernel too."""
+    return all(
+        can_connect(region.app, address(node)) == "refused" and status(node)["kernel_gate"] == "closed"
+        for node in region.db
+    )
 
 
 def test_a_region_that_loses_the_store_closes_in_time_and_takes_its_lease_back(
@@ -323,9 +320,9 @@ def test_a_region_that_loses_the_store_closes_in_time_and_takes_its_lease_back(
     with store_out_of_reach(writing) as lost_at:
         last = session.wait_for_end(CLOSE_AFTER_S + SLACK_S + 2)
         assert CLOSE_AFTER_S - RENEW_S - SLACK_S < last - lost_at < CLOSE_AFTER_S + SLACK_S
-        ended_at = lease_ends()
-        assert last < ended_at - (TTL_S - CLOSE_AFTER_S - SLACK_S - 1)
-        assert_closed(writing)
+        eventually("all gates are closed", lambda: is_closed(writing), RENEW_S + SLACK_S)
+        assert lease_is_there(), "the lease ended before the last gate was closed"
+        eventually("the lease ends", lambda: not lease_is_there(), 2 * TTL_S)
         eventually("the database is demoted", lambda: all(status(n)["follows"] is True for n in writing.db), 2 * TTL_S)
     eventually("the region serves again", writing.serves, 60)
     assert store_keys("epoch")["epoch"]["epoch"] == epoch + 1
@@ -348,9 +345,9 @@ def test_frozen_guards_leave_it_to_the_kernel_which_closes_before_the_lease_ends
             last = session.wait_for_end(KERNEL_AFTER_S + SLACK_S + 2)
             assert last - frozen_at > KERNEL_AFTER_S - RENEW_S - SLACK_S
             assert last - frozen_at < KERNEL_AFTER_S + SLACK_S
-            for node in writing.db:
-                assert can_connect(writing.app, address(node)) == "refused"
-            assert last < lease_ends()
+            # The guards of the other nodes were frozen a little later.
+            eventually("all gates are closed", lambda: is_closed(writing), RENEW_S + SLACK_S)
+            assert lease_is_there(), "the lease ended before the last gate was closed"
         finally:
             signal_guards(writing.db, "CONT")
 
@@ -374,9 +371,8 @@ def test_stopped_guards_leave_it_to_the_kernel(writing: Region, session: Session
             on(node, "systemctl stop censuschat-guard.service")
         last = session.wait_for_end(KERNEL_AFTER_S + SLACK_S + 5)
         assert last - stopped_at < KERNEL_AFTER_S + SLACK_S + 2
-        assert last < lease_ends()
-        for node in writing.db:
-            assert can_connect(writing.app, address(node)) == "refused"
+        eventually("all gates are closed", lambda: is_closed(writing), RENEW_S + SLACK_S)
+        assert lease_is_there(), "the lease ended before the last gate was closed"
     finally:
         for node in writing.db:
             on(node, "systemctl start censuschat-guard.service")
@@ -414,7 +410,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(writing: Region, session: Sessi
                 set_clocks("-50m")
                 last = session.wait_for_end(CLOSE_AFTER_S + SLACK_S + 2)
                 assert CLOSE_AFTER_S - RENEW_S - SLACK_S < last - lost_at < CLOSE_AFTER_S + SLACK_S
-                assert last < lease_ends()
+                assert lease_is_there(), "the lease ended before the gate was closed"
     finally:
         for node in writing.db:
             on(node, f"rm -f {clock}")
@@ -429,7 +425,7 @@ def test_a_guard_whose_every_clock_is_slow_is_overruled_by_the_kernel(writing: R
         with store_out_of_reach(writing) as lost_at:
             last = session.wait_for_end(KERNEL_AFTER_S + SLACK_S + 2)
             assert last - lost_at < KERNEL_AFTER_S + SLACK_S
-            assert last < lease_ends()
+            assert lease_is_there(), "the lease ended before the gate was closed"
 
 
 def test_a_flushed_ruleset_is_put_back_within_a_turn(writing: Region, standing_by: Region) -> None:
@@ -516,7 +512,7 @@ def test_a_hand_over_there_and_back_loses_no_acknowledged_write(
         on(giver.primary(), f'{psql} -c "{insert}"')
         try:
             moved = write_lease(tmp_path, "state=handed_over", f"region={taker.name}")
-            assert (moved["holder"], moved["method"]) == (taker.name, "handed_over"), moved
+            assert (moved.get("holder"), moved.get("method")) == (taker.name, "handed_over"), moved
             last = session.wait_for_end(1)
         finally:
             session.close()
@@ -529,4 +525,4 @@ def test_a_hand_over_there_and_back_loses_no_acknowledged_write(
             later.close()
         assert on(taker.primary(), f"{psql} -c \"select count(*) from rows where client = '{client}'\"") == "1\n"
         on(taker.primary(), f"{psql} -c \"delete from rows where client = '{client}'\"")
-        assert_closed(giver)
+        assert is_closed(giver)

@@ -377,6 +377,11 @@ class PatroniOf:
         if not self.shared.config.get("pause"):
             self.shared.stopped = False
 
+    def is_followed(self, budget_s: float) -> bool:
+        self.machine.hazard()
+        peer = self.shared.peer
+        return not self.machine.world.cut and peer is not None and not peer.is_primary()
+
     def furthest_peer(self) -> tuple[str, int]:
         self.machine.hazard()
         if self.shared.region in self.machine.world.cut or self.shared.peer is None:
@@ -398,11 +403,6 @@ class PostgresOf(Postgres):
     def end_sessions(self) -> int:
         self.machine.hazard()
         return 0
-
-    def streams_to(self, addresses: Sequence[str]) -> bool:
-        self.machine.hazard()
-        peer = self.shared.peer
-        return not self.machine.world.cut and peer is not None and not peer.is_primary()
 
     def stop(self) -> None:
         self.machine.hazard()
@@ -516,6 +516,7 @@ def configuration(region: str, node: str) -> Config:
             "gate": {"port": 5432, "peers": ["192.0.2.9"]},
             "patroni": {
                 "url": "http://simulated",
+                "region": [],
                 "peers": [],
                 "peer_addresses": [],
                 "standby_cluster": _standby(other),

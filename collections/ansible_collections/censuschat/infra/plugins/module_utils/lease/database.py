@@ -8,8 +8,9 @@ import http.client
 import json
 import re
 import ssl
+import time
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from . import etcd
@@ -18,6 +19,8 @@ from .model import LeaseError
 from .planner import PatroniView
 
 _LARGEST_ANSWER = 1 << 20
+CLOSE_BYTES = 64 << 20
+"""What a stopping primary sends to its standbys in a moment, on any link between regions."""
 _STATE = re.compile(r"^Database cluster state:\s*(.+)$", re.MULTILINE)
 _CHECKPOINT = re.compile(r"^Latest checkpoint location:\s*([0-9A-F]+/[0-9A-F]+)$", re.MULTILINE)
 
@@ -33,11 +36,25 @@ def lsn_number(lsn: str) -> int:
 
 
 class Patroni:
-    """Patroni's REST API. Changes need the client certificate of the node. Methods raise DatabaseError."""
+    """Patroni's REST API. Changes need the client certificate of the node. Methods raise DatabaseError.
 
-    def __init__(self, url: str, peers: Sequence[str], tls: etcd.Tls | None, timeout_s: float = 1.5) -> None:
+    url: this node's; region: all nodes' of this region; peers: all nodes' of the other; addresses: the other nodes'.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        region: Sequence[str],
+        peers: Sequence[str],
+        addresses: Sequence[str],
+        tls: etcd.Tls | None,
+        timeout_s: float = 1.5,
+    ) -> None:
         self.url = url
+        self.region = list(region)
         self.peers = list(peers)
+        self.addresses = frozenset(addresses)
         self.timeout_s = timeout_s
         self._context: ssl.SSLContext | None = tls.context() if tls else None
 
@@ -53,12 +70,42 @@ class Patroni:
         best = ("", 0)
         for peer in self.peers:
             try:
-                xlog = self._ask(peer, "GET", "/patroni", any_status=True).get("xlog") or {}
+                best = max(best, (peer, self._received(peer)), key=lambda found: found[1])
             except DatabaseError:
                 continue
-            received = max(int(xlog.get("received_location") or 0), int(xlog.get("replayed_location") or 0))
-            best = max(best, (peer, received), key=lambda found: found[1])
         return best
+
+    def is_followed(self, budget_s: float) -> bool:
+        """On the primary: whether the other region streams, maybe through a replica, with little left to send."""
+        end = time.monotonic() + budget_s
+        location = int((self._ask(self.url, "GET", "/patroni", any_status=True).get("xlog") or {}).get("location") or 0)
+        if not location or not any(self._streams(node) for node in self._in_time(self.region, end)):
+            return False
+        for peer in self._in_time(self.peers, end):
+            try:
+                if location - self._received(peer) < CLOSE_BYTES:
+                    return True
+            except DatabaseError:
+                continue
+        return False
+
+    @staticmethod
+    def _in_time(urls: Sequence[str], end: float) -> Iterator[str]:
+        for url in urls:
+            if time.monotonic() >= end:
+                return
+            yield url
+
+    def _received(self, base: str) -> int:
+        xlog = self._ask(base, "GET", "/patroni", any_status=True).get("xlog") or {}
+        return max(int(xlog.get("received_location") or 0), int(xlog.get("replayed_location") or 0))
+
+    def _streams(self, base: str) -> bool:
+        try:
+            senders = self._ask(base, "GET", "/patroni", any_status=True).get("replication") or []
+        except DatabaseError:
+            return False
+        return any(s.get("client_addr") in self.addresses and s.get("state") == "streaming" for s in senders)
 
     def _ask(
         self, base: str, method: str, path: str, body: Mapping[str, Any] | None = None, any_status: bool = False
@@ -104,12 +151,9 @@ class Postgres:
         except CommandError as error:
             raise DatabaseError(str(error)) from error
 
-    def _query(self, sql: str, **variables: str) -> str:
+    def _query(self, sql: str) -> str:
         argv = [f"{self.binaries}/psql", "-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-h", self.socket]
-        argv += ["-U", self.user, "-d", "postgres", "-f", "-"]
-        for name, value in variables.items():
-            argv += ["-v", f"{name}={value}"]
-        return self._run(*argv, text=sql).strip()
+        return self._run(*argv, "-U", self.user, "-d", "postgres", "-f", "-", text=sql).strip()
 
     def end_sessions(self) -> int:
         """End all client sessions that came over the network; how many. Replication goes on."""
@@ -119,18 +163,6 @@ class Postgres:
                 " where backend_type = 'client backend' and client_addr is not null;"
             )
             or 0
-        )
-
-    def streams_to(self, addresses: Sequence[str]) -> bool:
-        """Whether a node with one of these addresses replicates from here with little left to send."""
-        return (
-            self._query(
-                # 64 MiB: a fast shutdown sends the rest in a moment on any link between regions.
-                "select coalesce(bool_or(pg_wal_lsn_diff(pg_current_wal_lsn(), flush_lsn) < 67108864), false)"
-                " from pg_stat_replication where state = 'streaming' and client_addr = any (:'addresses'::inet[]);",
-                addresses="{" + ",".join(addresses) + "}",
-            )
-            == "t"
         )
 
     def stop(self) -> None:

@@ -34,6 +34,10 @@ class CommandError(LeaseError):
     """A program of the node failed or took too long."""
 
 
+class NoAnswer(CommandError):
+    """A program could not be run or took too long."""
+
+
 def run(argv: Sequence[str], text: str = "", timeout_s: float = 2.0, user: str | None = None) -> str:
     """Run a program with `text` on standard input; its standard output.
 
@@ -59,7 +63,7 @@ def run(argv: Sequence[str], text: str = "", timeout_s: float = 2.0, user: str |
                 extra_groups=() if user else None,
             )
         except (OSError, KeyError) as error:
-            raise CommandError(f"{name} cannot be run: {error}") from error
+            raise NoAnswer(f"{name} cannot be run: {error}") from error
         # A process descriptor is waited for in the kernel: no clock of this process takes part.
         watched = os.pidfd_open(child.pid)
         stack.callback(os.close, watched)
@@ -71,7 +75,7 @@ def run(argv: Sequence[str], text: str = "", timeout_s: float = 2.0, user: str |
         code = child.wait()
         said, complaint = (_text_of(stream) for stream in (out, err))
     if not in_time:
-        raise CommandError(f"{name} gave no answer within {timeout_s:g} s and was ended")
+        raise NoAnswer(f"{name} gave no answer within {timeout_s:g} s and was ended")
     if code:
         raise CommandError(f"{name} failed with {code}: {complaint.strip()[:500]}")
     return said
@@ -161,8 +165,11 @@ class Gate:
         """Fingerprint of the table without its elements; empty when there is no table."""
         try:
             text = self._nft("-s", "-t", "list", "table", *TABLE.split())
-        except CommandError:
-            return ""
+        except CommandError as error:
+            if "No such file or directory" in str(error) and not isinstance(error, NoAnswer):
+                return ""
+            # A loaded machine that gives no answer says nothing about the table.
+            raise
         return hashlib.sha256(text.encode()).hexdigest()
 
     def load(self) -> None:

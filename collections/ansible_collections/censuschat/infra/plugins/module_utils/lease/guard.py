@@ -53,6 +53,7 @@ class Config:
     budget_s: float
     rules: GateRules
     patroni_url: str
+    patroni_region: tuple[str, ...]
     patroni_peers: tuple[str, ...]
     peer_addresses: tuple[str, ...]
     standby_cluster: Mapping[str, Any]
@@ -79,6 +80,7 @@ class Config:
                 budget_s=float(store["budget_s"]),
                 rules=GateRules(int(gate["port"]), tuple(gate["peers"])),
                 patroni_url=str(patroni["url"]),
+                patroni_region=tuple(patroni["region"]),
                 patroni_peers=tuple(patroni["peers"]),
                 peer_addresses=tuple(patroni["peer_addresses"]),
                 standby_cluster=dict(patroni["standby_cluster"]),
@@ -151,8 +153,12 @@ def write_whole(path: pathlib.Path, text: str, *, durable: bool = False) -> None
 
 class PatroniLike(Protocol):
     def observe(self) -> PatroniView: ...
+
     def patch(self, change: Mapping[str, Any]) -> None: ...
+
     def furthest_peer(self) -> tuple[str, int]: ...
+
+    def is_followed(self, budget_s: float) -> bool: ...
 
 
 class Guard:
@@ -282,7 +288,8 @@ class Guard:
             self._problem("patroni", str(error))
         differs = planner.wanted_patch(self.known, where, now) is not None
         self._learn(differs_since=(self.known.differs_since or now) if differs else None)
-        if where is Standing.HOLDER:
+        # Only just after a renewal, so that slow answers cannot keep the gate open beyond its time.
+        if where is Standing.HOLDER and now - (self.known.renewed_at or 0.0) < self.config.figures.renew_s:
             self._tell_follower()
 
     def _tell_follower(self) -> None:
@@ -291,7 +298,7 @@ class Guard:
         if view is None or view.lease is None or patroni is None or not patroni.is_primary:
             return
         try:
-            streaming = self.postgres.streams_to(self.config.peer_addresses)
+            streaming = self.patroni.is_followed(self.config.figures.renew_s)
             found = Follower(self.config.node, view.lease.epoch, streaming)
             if found != view.follower:
                 self.store.record_follower(found, view.lease.lease_id)
@@ -431,8 +438,8 @@ class Guard:
             return
         try:
             if not patroni.marker:
-                if not self.postgres.streams_to(self.config.peer_addresses):
-                    raise DatabaseError(f"no node of {handover.to} is streaming from here with little left to send")
+                if not self.patroni.is_followed(self.config.figures.renew_s):
+                    raise DatabaseError(f"no node of {handover.to} streams from this region with little left to send")
                 marker = {"node": self.config.node, "epoch": handover.epoch}
                 # One change: unpaused, Patroni would stop PostgreSQL at once and leave WAL behind.
                 self.patroni.patch(
@@ -544,7 +551,14 @@ def run_guard(config: Config) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    patroni = Patroni(config.patroni_url, config.patroni_peers, config.tls)
+    patroni = Patroni(
+        config.patroni_url,
+        region=config.patroni_region,
+        peers=config.patroni_peers,
+        addresses=config.peer_addresses,
+        tls=config.tls,
+        timeout_s=config.figures.renew_s / 2,
+    )
     guard = Guard(config, config.store(), config.gate(), patroni, config.postgres)
     guard.start()
     notify("READY=1")
