@@ -30,11 +30,12 @@ PROGRAMS = {
     "tar": "tar",
     "sysctl": "procps",
 }
-#: All nodes share the machine's inotify instances; a node uses up to 25 of the usual 128.
+#: All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, one with a kubelet up to 25.
 INOTIFY = ("fs.inotify.max_user_instances", 1024)
-#: Free memory in MiB: 40 for each node's system plus what its part takes, measured with the site deployed.
-MEMORY_NODE = {"app": 120, "db": 260, "witness": 110}
-MEMORY_BASE = 500
+#: Free memory in MiB a node: resident with the site deployed 16 (app), 109-282 (db), 1 (witness), and page cache.
+MEMORY_NODE = {"app": 60, "db": 280, "witness": 60}
+#: For Ansible, the AWS emulator, the clients.
+MEMORY_BASE = 600
 #: podman's engine settings for the lab, named to podman by CONTAINERS_CONF.
 PODMAN_SETTINGS = STATE / "containers.conf"
 #: Free disk in GiB for images, node data and the package cache.
