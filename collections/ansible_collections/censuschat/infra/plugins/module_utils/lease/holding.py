@@ -143,8 +143,8 @@ def _decide_held(view: StoreView, request: Request, waiting: Waiting) -> Decisio
 def _take(view: StoreView, request: Request, waiting: Waiting, detail: str) -> Decision:
     """Take the free lease, as soon as no gate of another region can be open.
 
-    That the lease has ended is not enough of a proof: a store member that was frozen may end leases that were renewed
-    elsewhere meanwhile (etcd issue 15247), and then the holder's gates are open for some seconds more.
+    That the lease has ended is not enough of a proof: a leader of the store that hung may end leases that were renewed
+    through its successor (etcd issue 15247), and then the holder's gates are open for some seconds more.
     """
     if request.epoch_floor and waiting.elapsed_s < request.ttl_s:
         return Wait("the store forgot who had open gates: all of them close by themselves first")
