@@ -325,17 +325,27 @@ def _go(request: Request, journal: Journal, session: Session) -> tuple[RunState,
     state = journal.state(request.run)
     with Heartbeat(journal) as heartbeat, session.progress.showing(request, state):
         session.stop.lost = heartbeat
+        succeeded = False
         try:
             outcome, code, reason = _steps(request, journal, session)
+            succeeded = outcome == "succeeded"
+        except LockLost:
+            raise _taken_over(request) from None
+        finally:
+            # While the lock is held still: whoever takes it next must not meet a worker of this run.
+            if not succeeded:
+                end_leftovers(request.run)
+        try:
             journal.finish(outcome, reason)
         except LockLost:
-            raise Refused(
-                f"Run {request.run} has been taken over by another process",
-                next_command=f"runbook status {request.run}",
-            ) from None
-        finally:
-            end_leftovers(request.run)
+            raise _taken_over(request) from None
     return journal.state(request.run), code
+
+
+def _taken_over(request: Request) -> Refused:
+    return Refused(
+        f"Run {request.run} has been taken over by another process", next_command=f"runbook status {request.run}"
+    )
 
 
 def _steps(request: Request, journal: Journal, session: Session) -> tuple[RunOutcome, int, str]:
