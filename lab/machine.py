@@ -30,6 +30,11 @@ PROGRAMS = {
     "tar": "tar",
     "sysctl": "procps",
 }
+#: What these packages enable, though the lab needs the program only: an installation must not leave a daemon behind.
+UNITS = {
+    "apt-cacher-ng": ("apt-cacher-ng.service",),
+    "podman": ("podman.socket", "podman.service", "podman-auto-update.timer", "podman-restart.service"),
+}
 #: All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, one with a kubelet up to 25.
 INOTIFY = ("fs.inotify.max_user_instances", 1024)
 #: Free memory in MiB a node: resident with the site deployed 16 (app), 109-282 (db), 1 (witness), and page cache.
@@ -169,11 +174,10 @@ def install(packages: tuple[str, ...], log: Path) -> None:
                 if done.returncode != 0 and command[1] == "install":
                     tail = " | ".join(log.read_text(encoding="utf-8").splitlines()[-3:])
                     raise RuntimeError(f"`{' '.join(command)}` failed: {tail}; all of it is in {log}")
-            if "apt-cacher-ng" in packages and Path("/run/systemd/system").is_dir():
-                # The lab runs its own, bound to its own network, with its own store.
-                subprocess.run(
-                    ("systemctl", "disable", "--quiet", "apt-cacher-ng"), check=False, stdin=subprocess.DEVNULL
-                )
+            units = [unit for package in packages for unit in UNITS.get(package, ())]
+            if units and shutil.which("systemctl"):
+                # A fault here leaves a unit enabled for the next start of the machine; the lab itself does not mind.
+                subprocess.run(("systemctl", "disable", *units), stdout=output, stderr=output, check=False)
     finally:
         if ours:
             policy.unlink(missing_ok=True)
