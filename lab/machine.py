@@ -33,7 +33,13 @@ PROGRAMS = {
 #: What these packages enable, though the lab needs the program only: an installation must not leave a daemon behind.
 UNITS = {
     "apt-cacher-ng": ("apt-cacher-ng.service",),
-    "podman": ("podman.socket", "podman.service", "podman-auto-update.timer", "podman-restart.service"),
+    "podman": (
+        "podman.socket",
+        "podman.service",
+        "podman-auto-update.service",
+        "podman-auto-update.timer",
+        "podman-restart.service",
+    ),
 }
 #: All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, one with a kubelet up to 25.
 INOTIFY = ("fs.inotify.max_user_instances", 1024)
