@@ -43,8 +43,9 @@ UNITS = {
 }
 #: All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, one with a kubelet up to 25.
 INOTIFY = ("fs.inotify.max_user_instances", 1024)
-#: Free memory in MiB a node: resident with the site deployed 16 (app), 109-282 (db), 1 (witness), and page cache.
-MEMORY_NODE = {"app": 60, "db": 280, "witness": 60}
+#: Free memory in MiB a node. Measured with the site deployed, anonymous memory of its processes: app 24-47, db 89-129,
+#: witness 41; the rest is for PostgreSQL's shared buffers and page cache.
+MEMORY_NODE = {"app": 80, "db": 240, "witness": 80}
 #: For Ansible, the AWS emulator, the clients.
 MEMORY_BASE = 600
 #: podman's engine settings for the lab, named to podman by CONTAINERS_CONF.
