@@ -1,9 +1,7 @@
-"""The engine as a person meets it: real processes, real playbooks on this machine, no lab."""
+"""The engine as a person meets it: runs, failures, kills, signals."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import resource
@@ -12,220 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-import unittest.mock
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import ansible.utils.display  # noqa: F401 - looks at the real output streams, so it is loaded before they are replaced
 import pytest
 
-from runbooks.cli import main
 from runbooks.engine import signals
 from runbooks.step import leftovers
-
-ROOT = Path(__file__).resolve().parents[2]
-INVENTORY = ROOT / "tests/unit/runbook/inventory.yml"
-
-
-@dataclass
-class Place:
-    """A place of its own for one test: state, effects, environment."""
-
-    directory: Path
-    environment: dict[str, str]
-
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """In this process, which has Ansible loaded already; what it starts are real processes."""
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            unittest.mock.patch.dict(os.environ, self.environment, clear=True),
-            unittest.mock.patch("sys.stdin", io.StringIO()),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            code = main(words)
-        return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
-
-    def process(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """As a person does it."""
-        return subprocess.run(
-            [sys.executable, "-m", "runbooks", *words],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            check=False,
-            timeout=60,
-        )
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "runbooks", "run", "paint", "-i", str(INVENTORY), "--yes", *words],
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-
-    def run(self, *words: str, runbook: str = "paint") -> subprocess.CompletedProcess[str]:
-        return self.command("run", runbook, "-i", str(INVENTORY), "--yes", *words)
-
-    def wait_for(self, path: str, timeout_s: float = 20) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not (self.directory / path).exists():
-            assert time.monotonic() < deadline, f"{path} did not come"
-            time.sleep(0.02)
-
-    def status(self) -> dict[str, Any]:
-        done = self.command("status", "--json")
-        assert done.returncode == 0, done.stderr
-        status: dict[str, Any] = json.loads(done.stdout)
-        return status
-
-    def effects(self) -> list[str]:
-        return (self.directory / "effects").read_text().split()
-
-    def everything(self) -> bytes:
-        """All that was kept on disk."""
-        return b"".join(p.read_bytes() for p in self.directory.rglob("*") if p.is_file())
+from tests.unit.runbook.place import INVENTORY, ROOT, Place, make_place
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    yield make_place(tmp_path)
-
-
-def make_place(directory: Path) -> Place:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "RUNBOOK_DEFINITIONS": str(ROOT / "tests/unit/runbook/definitions"),
-        "RUNBOOK_TEST_PLACE": str(directory),
-        "XDG_STATE_HOME": str(directory / "state"),
-        "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-    }
-    return Place(directory, environment)
-
-
-# -- bad input: one sentence, exit code 2, nothing touched
-
-UNREACHABLE = """
-all:
-  hosts: {far: {ansible_host: 127.0.0.1, ansible_port: 1, ansible_user: nobody, KEY}}
-  vars: {environment_name: far, colours: [red], runbook_help: {unreachable: lab status, ssh_key: lab up}}
-"""
-FAKE_SSH = "#!/bin/sh\necho 'nobody@127.0.0.1: Permission denied (publickey).' >&2\nexit 255\n"
-
-
-def inventory(place: Place, text: str) -> str:
-    path = place.directory / "inventory.yml"
-    path.write_text(text)
-    return str(path)
-
-
-def with_old_key(place: Place) -> str:
-    """A node that answers and does not know the key any more."""
-    programs = place.directory / "programs"
-    programs.mkdir()
-    (programs / "ssh").write_text(FAKE_SSH)
-    (programs / "ssh").chmod(0o755)
-    key = place.directory / "key"
-    key.touch(0o600)
-    place.environment["PATH"] = f"{programs}:{place.environment['PATH']}"
-    return inventory(place, UNREACHABLE.replace("KEY", f"ansible_ssh_private_key_file: {key}"))
-
-
-def run(path: str, *words: str) -> list[str]:
-    return ["run", "paint", "-i", path, "--yes", *words]
-
-
-BAD_INPUT: dict[str, Any] = {
-    "unknown runbook": (
-        lambda _: ["run", "pain", "-i", str(INVENTORY), "--yes"],
-        ["no runbook 'pain'", "did you mean paint"],
-        "runbook list",
-    ),
-    "wrong parameter type": (
-        lambda _: run(str(INVENTORY), "--coats", "many"),
-        ["coats", "paint", "a whole number", "'many'"],
-        "runbook show paint",
-    ),
-    "value that is no choice": (
-        lambda _: run(str(INVENTORY), "--param", "colour=green"),
-        ["colour", "one of red, blue", "'green'"],
-        "runbook show paint",
-    ),
-    "unknown parameter": (
-        lambda _: run(str(INVENTORY), "--param", "size=3"),
-        ["no parameter 'size'", "coats"],
-        "runbook show paint",
-    ),
-    "unknown flag": (lambda _: run(str(INVENTORY), "--size", "3"), ["--size 3"], "runbook --help"),
-    "missing inventory": (lambda _: run("nowhere/hosts.yml"), ["no inventory at nowhere/hosts.yml"], "ls -d nowhere/*"),
-    "no inventory given": (lambda _: ["run", "paint", "--yes"], ["Which environment"], "run paint -i INVENTORY"),
-    "broken inventory": (
-        lambda p: run(inventory(p, "all: [unclosed")),
-        ["cannot be read", "inventory.yml"],
-        "ansible-inventory -i",
-    ),
-    "inventory of no environment": (
-        lambda p: run(inventory(p, "all: {hosts: {a: }}")),
-        ["does not set environment_name"],
-        "ansible-inventory -i",
-    ),
-    "unreachable lab": (
-        lambda p: run(inventory(p, UNREACHABLE.replace(", KEY", ""))),
-        ["Environment far is unreachable", "1 of the 1 nodes needed to paint", "far: ", "refused"],
-        "lab status",
-    ),
-    "lab that is not up": (
-        lambda p: run(inventory(p, UNREACHABLE.replace("KEY", "ansible_ssh_private_key_file: /nowhere/key"))),
-        ["/nowhere/key", "does not exist", "environment far is not up"],
-        "lab status",
-    ),
-    "stale ssh key": (
-        lambda p: run(with_old_key(p)),
-        ["is refused by 1 of the 1 nodes", "far", "Permission denied"],
-        "lab up",
-    ),
-    "no terminal to ask at": (
-        lambda _: ["run", "paint", "-i", str(INVENTORY)],
-        ["no terminal to ask at"],
-        "--yes",
-    ),
-    "no such run": (lambda _: ["resume", "yesterday"], ["no run yesterday"], "runbook runs"),
-    "no command": (lambda _: [], ["required", "COMMAND"], "runbook --help"),
-}
-
-
-# These are tried as a person tries them; the others in this process, which is quicker.
-AS_A_PERSON = ("unknown runbook", "wrong parameter type", "missing inventory", "unreachable lab", "stale ssh key")
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_sentence_and_nothing_touched(place: Place, case: str) -> None:
-    words, named, next_command = BAD_INPUT[case]
-    arguments = words(place)
-    done = place.process(*arguments) if case in AS_A_PERSON else place.command(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    sentence, _, command = lines[0].partition("; next: ")
-    assert sentence.startswith("error: ")
-    for part in named:
-        assert part in sentence
-    assert next_command in command
-    assert not (place.directory / "effects").exists()
-    assert not list(place.directory.rglob("journal.sqlite"))
-
-
-# -- runs
+def place(tmp_path: Path) -> Place:
+    return make_place(tmp_path)
 
 
 def test_list_starts_fast_and_without_ansible(place: Place) -> None:
@@ -262,7 +58,9 @@ def test_host_that_may_be_missing_is_left_out(place: Place) -> None:
     text = INVENTORY.read_text().replace(
         "    here2:\n", "    here2:\n    gone: {ansible_connection: ssh, ansible_host: 127.0.0.1, ansible_port: 1}\n"
     )
-    done = place.command("run", "rollcall", "-i", inventory(place, text), "--yes")
+    path = place.directory / "inventory.yml"
+    path.write_text(text)
+    done = place.command("run", "rollcall", "-i", str(path), "--yes")
     assert done.returncode == 0, done.stderr
     assert "Left out, because they do not answer: gone" in done.stderr
     assert "here1, here2 and localhost are here without gone" in done.stderr
