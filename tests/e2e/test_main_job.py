@@ -123,11 +123,22 @@ def test_fail_back_loses_nothing(lost_region: demo.Outcome) -> None:
     assert figures.rto_s is not None
 
 
+def new_run(known: set[str]) -> dict[str, Any] | None:
+    """The run that was begun since, once its first step has; runs() knows it from then on."""
+    return next((r for r in runs() if r["run"] not in known), None)
+
+
+def steps(run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(call(*RUNBOOK, "status", run, "--json").stdout)["steps"]
+    return found
+
+
 def test_killed_after_promotion_and_resumed_promotes_once(lost_region: demo.Outcome) -> None:
     """SIGKILL of the runbook between promotion and the record change; `resume` finishes, the database forks once."""
     call(*LAB, "probe", "start", "--all")
     wait_for_acks(PRIMARY, 30)
-    before = {r.timeline for r in acks_by(PRIMARY, 0) if r.timeline}
+    before = max(r.timeline for r in acks_by(PRIMARY, 0) if r.timeline)
+    known = {r["run"] for r in runs()}
     cut = time.monotonic()
     call(*LAB, "cut", PRIMARY)
     process = subprocess.Popen(
@@ -138,17 +149,16 @@ def test_killed_after_promotion_and_resumed_promotes_once(lost_region: demo.Outc
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while True:
+    begun = None
+    while begun is None or steps(begun["run"]).get("promote", {}).get("outcome") != "ok":
         assert time.monotonic() < deadline, "the run did not get through its promotion within 120 s"
         assert process.poll() is None, f"the run ended by itself with {process.returncode}"
-        started = [r for r in runs() if r["started"] > 0]
-        state = json.loads(call(*RUNBOOK, "status", started[-1]["run"], "--json").stdout)
-        if state["steps"].get("promote", {}).get("outcome") == "ok":
-            break
         time.sleep(0.1)
+        begun = begun or new_run(known)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    run = started[-1]["run"]
+    run = begun["run"]
+    assert steps(run).get("route", {}).get("outcome") is None, "the run was killed too late to prove anything"
     assert json.loads(call(*RUNBOOK, "status", run, "--json").stdout)["shown_state"] == "dead"
     refused = call(*RUNBOOK, "run", "fail-over", "-i", INVENTORY, "--yes", check=False)
     assert refused.returncode == 3
@@ -157,12 +167,64 @@ def test_killed_after_promotion_and_resumed_promotes_once(lost_region: demo.Outc
     call(*RUNBOOK, "resume", run)
     wait_for_acks(SECONDARY, 60)
     # One promotion is one new timeline; a second one would have acknowledged on the next.
-    assert {r.timeline for r in acks_by(SECONDARY, cut)} == {max(before) + 1}
+    assert {r.timeline for r in acks_by(SECONDARY, cut)} == {before + 1}
+    return_to_primary(cut)
 
+
+def return_to_primary(since: float) -> None:
+    """Heal, fail back, and judge all ledgers since the cut: at no moment did both regions acknowledge."""
     call(*LAB, "heal", PRIMARY)
     call(*RUNBOOK, "run", "fail-back", "-i", INVENTORY, "--yes")
     wait_for_acks(PRIMARY, 60)
-    assert ledger.measure(records(), start=cut - 5).two_writers_ms == 0
+    call(*LAB, "probe", "stop")
+    assert ledger.measure(records(), start=since - 5).two_writers_ms == 0
+
+
+FAKED_CLOCK = "/run/censuschat-test-clock"
+LIBFAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
+GUARD_FAULTS = {
+    # systemd's watchdog off: else it replaces a frozen guard, and the kernel's switch is not what is tried.
+    "frozen": ("WatchdogSec=0",),
+    "clock jumps": (
+        f"Environment=LD_PRELOAD={LIBFAKETIME} FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_NO_CACHE=1",
+        f"Environment=FAKETIME_TIMESTAMP_FILE={FAKED_CLOCK}",
+    ),
+}
+
+
+def on_guards(script: str) -> None:
+    """Run a script on every database node of the primary region, past ssh: the region may be cut off."""
+    for node in ("use1-db1", "use1-db2", "use1-db3"):
+        call("podman", "exec", f"censuslab-{node}", "sh", "-c", script)
+
+
+@pytest.mark.parametrize("fault", GUARD_FAULTS)
+def test_one_writer_at_a_time_whatever_befalls_the_guards(fault: str, lost_region: demo.Outcome) -> None:
+    """The region is lost while its guards are frozen, or while their wall clocks jump; clients write on both sides."""
+    directory = "/run/systemd/system/censuschat-guard.service.d"
+    settings = "\\n".join(("[Service]", *GUARD_FAULTS[fault]))
+    restart = "systemctl daemon-reload && systemctl restart censuschat-guard.service"
+    on_guards(
+        f"echo +0 > {FAKED_CLOCK}; mkdir -p {directory}; printf '{settings}\\n' > {directory}/test.conf; {restart}"
+    )
+    try:
+        call(*LAB, "probe", "start", "--all")
+        wait_for_acks(PRIMARY, 60)
+        time.sleep(3)
+        if fault == "frozen":
+            on_guards("systemctl kill -sSTOP censuschat-guard.service")
+        call(*LAB, "cut", PRIMARY)
+        cut = time.monotonic()
+        if fault == "clock jumps":
+            on_guards(f"echo -50m > {FAKED_CLOCK}")
+        call(*RUNBOOK, "run", "fail-over", "-i", INVENTORY, "--yes")
+        wait_for_acks(SECONDARY, 60)
+        inside = [r.t for r in acks_by(PRIMARY, cut) if r.side == PRIMARY]
+        assert inside, "no client inside the cut region was served after the cut"
+        assert max(inside) < min(r.t for r in acks_by(SECONDARY, cut))
+    finally:
+        on_guards(f"systemctl kill -sCONT censuschat-guard.service || :; rm -rf {directory} {FAKED_CLOCK}; {restart}")
+    return_to_primary(cut)
 
 
 def leaks(text: str, secrets: dict[str, str]) -> set[str]:
