@@ -19,6 +19,9 @@ description:
     if the others have a quorum without it.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
+  - censuschat.infra.tls_files
 options:
   unit:
     description: Full name of the systemd unit.
@@ -48,16 +51,10 @@ options:
     type: dict
     required: true
   ca_file:
-    description: The authority that signed the members' certificates.
-    type: path
     required: true
   cert_file:
-    description: Client certificate.
-    type: path
     required: true
   key_file:
-    description: Key of the client certificate.
-    type: path
     required: true
   restart_on:
     description: Files whose change, later than the member's start, means a restart.
@@ -68,17 +65,6 @@ options:
     description: How long to wait for the member to serve, and for its turn, in seconds.
     type: int
     default: 60
-attributes:
-  check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
-    support: full
-  platform:
-    description: Target OS/families that can be operated against.
-    support: full
-    platforms: debian
 notes:
   - Needs root on the node (C(become)).
 """
@@ -122,6 +108,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.etcd.host import Files, Host, MemberError
 from ansible_collections.censuschat.infra.plugins.module_utils.etcd.member import Step, plan
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError
+from ansible_collections.censuschat.infra.plugins.module_utils.tls_files import tls_files
 
 
 def main() -> None:
@@ -133,9 +120,7 @@ def main() -> None:
             "peer_url": {"type": "str", "required": True},
             "name": {"type": "str", "required": True},
             "members": {"type": "dict", "required": True},
-            "ca_file": {"type": "path", "required": True},
-            "cert_file": {"type": "path", "required": True},
-            "key_file": {"type": "path", "required": True, "no_log": False},
+            **tls_files(required=True),
             "restart_on": {"type": "list", "elements": "path", "default": []},
             "wait_s": {"type": "int", "default": 60},
         },

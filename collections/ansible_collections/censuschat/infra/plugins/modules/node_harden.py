@@ -19,6 +19,9 @@ description:
   - The choices are checked on the controller, before any node is touched.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
+  - censuschat.infra.attributes.action
 options:
   catalogue:
     description: Directory on the controller whose C(*.yml) files are lists of controls.
@@ -59,21 +62,6 @@ options:
     description: Set by the action plugin. Whether it can open a new ssh connection as proof of an sshd change.
     type: bool
     default: false
-attributes:
-  action:
-    description:
-      - Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
-    support: full
-  check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
-    support: full
-  platform:
-    description: Target OS/families that can be operated against.
-    support: full
-    platforms: debian
 requirements:
   - Debian 12 or newer with systemd
 notes:

@@ -20,6 +20,8 @@ description:
     apply.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
 options:
   hostname:
     description: The host's name, in the kernel and for the next boot. Left as it is when not given.
@@ -192,17 +194,6 @@ options:
           - Whether it is masked, and so stopped. A masked service that is to be enabled or started is unmasked.
         type: bool
         default: false
-attributes:
-  check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
-    support: full
-  platform:
-    description: Target OS/families that can be operated against.
-    support: full
-    platforms: debian
 requirements:
   - Debian 12 or newer with systemd
 notes:

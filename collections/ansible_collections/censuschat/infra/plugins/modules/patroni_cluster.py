@@ -22,6 +22,9 @@ description:
     with O(replayed).
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
+  - censuschat.infra.tls_files
 options:
   state:
     description:
@@ -85,29 +88,14 @@ options:
     type: path
     default: /usr/lib/postgresql/15/bin
   ca_file:
-    description: The authority that signed the nodes' certificates.
-    type: path
     default: /etc/censuschat/pki/ca.crt
   cert_file:
-    description: Client certificate.
-    type: path
     default: /etc/censuschat/pki/node.crt
   key_file:
-    description: Key of the client certificate.
-    type: path
     default: /etc/censuschat/pki/node.key
 attributes:
   check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
     details: Looks once and does not wait; a condition that does not hold is reported in RV(missing), not as a failure.
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
-    support: full
-  platform:
-    description: Target OS/families that can be operated against.
-    support: full
-    platforms: debian
 notes:
   - Needs root on the node (C(become)).
 """
@@ -257,6 +245,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.postgres.cluster 
     repair,
 )
 from ansible_collections.censuschat.infra.plugins.module_utils.postgres.host import Cluster, ClusterError, Rest
+from ansible_collections.censuschat.infra.plugins.module_utils.tls_files import tls_files
 
 _POLL_S = 0.5
 
@@ -322,9 +311,7 @@ def main() -> None:
             "peers": {"type": "list", "elements": "str", "default": []},
             "data_directory": {"type": "path", "default": "/var/lib/postgresql/15/censuschat"},
             "binaries": {"type": "path", "default": "/usr/lib/postgresql/15/bin"},
-            "ca_file": {"type": "path", "default": "/etc/censuschat/pki/ca.crt"},
-            "cert_file": {"type": "path", "default": "/etc/censuschat/pki/node.crt"},
-            "key_file": {"type": "path", "default": "/etc/censuschat/pki/node.key", "no_log": False},
+            **tls_files(),
         },
         supports_check_mode=True,
     )

@@ -18,6 +18,9 @@ description:
   - The write is one transaction that demands that nothing is there yet, so all nodes of the region may run it at once.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
+  - censuschat.infra.tls_files
 options:
   region:
     description: Name of the region that founds, for messages.
@@ -41,27 +44,15 @@ options:
     type: dict
     required: true
   ca_file:
-    description: The authority that signed the members' certificates.
-    type: path
     required: true
   cert_file:
-    description: Client certificate.
-    type: path
     required: true
   key_file:
-    description: Key of the client certificate.
-    type: path
     required: true
 attributes:
-  check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
   diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
     support: none
   platform:
-    description: Target OS/families that can be operated against.
-    support: full
     platforms: posix
 notes:
   - In check mode a store that does not answer counts as empty, since on bare nodes there is none yet.
@@ -96,6 +87,7 @@ import json
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.etcd import Etcd, EtcdError, Tls, absent, put
 from ansible_collections.censuschat.infra.plugins.module_utils.postgres.founding import FoundingError, Store, plan
+from ansible_collections.censuschat.infra.plugins.module_utils.tls_files import tls_files
 
 
 def observe(region: str, endpoints: list[str], path: str, tls: Tls, bare: bool) -> Store:
@@ -119,9 +111,7 @@ def main() -> None:
             "peers": {"type": "dict", "default": {}},
             "path": {"type": "str", "default": "/patroni/censuschat"},
             "config": {"type": "dict", "required": True},
-            "ca_file": {"type": "path", "required": True},
-            "cert_file": {"type": "path", "required": True},
-            "key_file": {"type": "path", "required": True, "no_log": False},
+            **tls_files(required=True),
         },
         supports_check_mode=True,
     )

@@ -18,6 +18,8 @@ description:
   - Certificates of nodes that are no longer given are left where they are.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
 options:
   path:
     description:
@@ -56,15 +58,7 @@ options:
     type: int
     default: 30
 attributes:
-  check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
-    support: full
   platform:
-    description: Target OS/families that can be operated against.
-    support: full
     platforms: posix
 requirements:
   - cryptography >= 42

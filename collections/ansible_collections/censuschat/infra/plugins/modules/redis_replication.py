@@ -15,6 +15,8 @@ description:
   - It never decides which Redis should be the primary. A fail-over does, after the database's write lease has moved.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
 options:
   state:
     description:
@@ -57,15 +59,7 @@ options:
     type: path
     default: /etc/redis/replication.conf
 attributes:
-  check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
-    support: full
   platform:
-    description: Target OS/families that can be operated against.
-    support: full
     platforms: posix
 requirements:
   - redis-cli 6 or newer on the node

@@ -21,6 +21,9 @@ description:
   - A check mode run asks sshd about the new configuration in the same way and writes nothing.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
+  - censuschat.infra.attributes.action
 options:
   settings:
     description:
@@ -51,21 +54,6 @@ options:
     description: Set by the action plugin. Names the change that V(confirm) and V(revert) end.
     type: str
     default: ""
-attributes:
-  action:
-    description:
-      - Indicates this has a corresponding action plugin so some parts of the options can be executed on the controller.
-    support: full
-  check_mode:
-    description: Can run in check_mode and return changed status prediction without modifying target.
-    support: full
-  diff_mode:
-    description: Will return details on what has changed (or possibly needs changing in check_mode), when in diff mode.
-    support: full
-  platform:
-    description: Target OS/families that can be operated against.
-    support: full
-    platforms: debian
 requirements:
   - Debian 12 or newer with systemd and openssh-server
 notes:

@@ -24,20 +24,14 @@ description:
     database follow from it by the guards.
 author:
   - CensusChat platform team (@censuschat)
+extends_documentation_fragment:
+  - censuschat.infra.attributes
+  - censuschat.infra.tls_files
 attributes:
   check_mode:
-    description: Whether the module supports check mode.
-    support: full
     details:
       - The plan of one observation. A wait is reported as a change, because the lease would be taken after it.
       - On a node that has no certificate yet the plan is that of a new environment, with a warning.
-  diff_mode:
-    description: Whether the module reports differences.
-    support: full
-  platform:
-    description: Platforms the module runs on.
-    support: full
-    platforms: Debian
 options:
   state:
     description: What is wanted of the lease.
@@ -57,16 +51,10 @@ options:
     elements: str
     required: true
   ca_file:
-    description: Certificate authority of the lease store.
-    type: path
     default: /etc/censuschat/pki/ca.crt
   cert_file:
-    description: Client certificate for the lease store.
-    type: path
     default: /etc/censuschat/pki/node.crt
   key_file:
-    description: Key of O(cert_file).
-    type: path
     default: /etc/censuschat/pki/node.key
   ttl_s:
     description: Seconds the lease outlives its last renewal. Guards refuse a lease that is shorter than theirs.
@@ -211,6 +199,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.lease.etcd import
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.holding import Outcome, Request, settle
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.model import LeaseError, StoreView
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.store import LeaseStore
+from ansible_collections.censuschat.infra.plugins.module_utils.tls_files import tls_files
 
 
 def facts_of(view: StoreView) -> dict[str, Any]:
@@ -270,9 +259,7 @@ def main() -> None:
             "region": {"type": "str"},
             "environment_name": {"type": "str", "required": True},
             "endpoints": {"type": "list", "elements": "str", "required": True},
-            "ca_file": {"type": "path", "default": "/etc/censuschat/pki/ca.crt"},
-            "cert_file": {"type": "path", "default": "/etc/censuschat/pki/node.crt"},
-            "key_file": {"type": "path", "default": "/etc/censuschat/pki/node.key", "no_log": False},
+            **tls_files(),
             "ttl_s": {"type": "int", "default": 15},
             "wait_s": {"type": "int", "default": 60},
             "confirm_s": {"type": "int", "default": 20},
