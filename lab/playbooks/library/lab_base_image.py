@@ -64,53 +64,53 @@ tar:
 """
 
 import os
-from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import images, machine, topology
+from lab import images, machine
+from lab.module import INVENTORY, answer, described
 from lab.paths import IMAGES, STATE, cache
 
 
-def main() -> None:
-    module = AnsibleModule(argument_spec={"inventory": {"type": "path", "required": True}}, supports_check_mode=True)
+def provide(module: AnsibleModule) -> dict[str, Any]:
     actions = []
-    try:
-        lab = topology.load(Path(module.params["inventory"]))
-        mirror = images.find_mirror()
-        url = f"http://{lab.operator.address}:{lab.operator.packages_port}"
-        recipe = images.Recipe(url, bool(mirror.security), machine.architecture())
-        roles = sorted({node.role for node in lab.nodes})
-        listing = ["podman", "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"reference={IMAGES}/*"]
-        _, listed, _ = module.run_command(listing, check_rc=True)
-        _, used, _ = module.run_command(["podman", "ps", "--all", "--format", "{{.Image}}"], check_rc=True)
-        for image in images.superseded(recipe, listed.split(), used.split()):
-            actions.append(f"remove {image}")
-            if not module.check_mode:
-                # Not forced: a base stays while a role's image of the same age still stands on it.
-                module.run_command(["podman", "rmi", image])
-        missing = images.missing(recipe, listed.split(), roles)
-        tar = cache() / "images" / f"base-{recipe.key('base')}.tar"
-        if "base" in missing and not tar.is_file():
-            actions.append(f"make {tar.name}")
-            if not module.check_mode:
-                os.umask(0o022)
-                images.build_base(recipe, tar, STATE / "log" / "images.log")
-        if "base" in missing:
-            actions.append(f"import {recipe.image('base')}")
-            if not module.check_mode:
-                change = ["--change", 'CMD ["/sbin/init"]']
-                module.run_command(["podman", "import", *change, str(tar), recipe.image("base")], check_rc=True)
-    except (topology.TopologyError, images.ImageError, OSError) as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(
-        changed=bool(actions),
-        actions=actions,
-        images={role: recipe.image(role) for role in ["base", *roles]},
-        missing=missing,
-        containerfiles={role: recipe.containerfile(role) for role in roles},
-        tar=str(tar),
-    )
+    lab = described(module)
+    mirror = images.find_mirror()
+    url = f"http://{lab.operator.address}:{lab.operator.packages_port}"
+    recipe = images.Recipe(url, bool(mirror.security), machine.architecture())
+    roles = sorted({node.role for node in lab.nodes})
+    listing = ["podman", "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"reference={IMAGES}/*"]
+    _, listed, _ = module.run_command(listing, check_rc=True)
+    _, used, _ = module.run_command(["podman", "ps", "--all", "--format", "{{.Image}}"], check_rc=True)
+    for image in images.superseded(recipe, listed.split(), used.split()):
+        actions.append(f"remove {image}")
+        if not module.check_mode:
+            # Not forced: a base stays while a role's image of the same age still stands on it.
+            module.run_command(["podman", "rmi", image])
+    missing = images.missing(recipe, listed.split(), roles)
+    tar = cache() / "images" / f"base-{recipe.key('base')}.tar"
+    if "base" in missing and not tar.is_file():
+        actions.append(f"make {tar.name}")
+        if not module.check_mode:
+            os.umask(0o022)
+            images.build_base(recipe, tar, STATE / "log" / "images.log")
+    if "base" in missing:
+        actions.append(f"import {recipe.image('base')}")
+        if not module.check_mode:
+            change = ["--change", 'CMD ["/sbin/init"]']
+            module.run_command(["podman", "import", *change, str(tar), recipe.image("base")], check_rc=True)
+    return {
+        "actions": actions,
+        "images": {role: recipe.image(role) for role in ["base", *roles]},
+        "missing": missing,
+        "containerfiles": {role: recipe.containerfile(role) for role in roles},
+        "tar": str(tar),
+    }
+
+
+def main() -> None:
+    answer(AnsibleModule(argument_spec=INVENTORY, supports_check_mode=True), provide)
 
 
 if __name__ == "__main__":

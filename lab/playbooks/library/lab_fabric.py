@@ -76,61 +76,60 @@ monotonic:
 
 import json
 import time
-from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import fabric, topology
+from lab import fabric
+from lab.module import INVENTORY_AND_STATE, PRESENT_NEEDS_INVENTORY, answer, described
 from lab.paths import STATE
+
+
+def bring(module: AnsibleModule) -> dict[str, Any]:
+    given = module.params
+    only_cut = given["cut_off"] or given["heal"]
+    observed = fabric.observe(links=not only_cut)
+    if given["state"] == "absent":
+        actions = fabric.plan_absent(observed)
+        if not module.check_mode:
+            fabric.apply(actions)
+        return {"actions": [action.what for action in actions], "cut": [], "monotonic": time.monotonic()}
+    lab = described(module)
+    cut = given["cut"]
+    if only_cut:
+        if fabric.ROUTER not in observed.spaces:
+            raise fabric.FabricError("the lab's network is not there; start it with: lab up")
+        names = {site.name for site in lab.sites if str(site.network) in observed.cut}
+        cut = sorted((names | {given["cut_off"]}) if given["cut_off"] else (names - {lab.site(given["heal"]).name}))
+        actions = fabric.plan_cut(lab, observed.cut, cut)
+    else:
+        actions = fabric.plan(lab, observed, cut)
+    if not module.check_mode:
+        fabric.apply(actions)
+    now = time.monotonic()
+    if only_cut and actions and not module.check_mode:
+        # When a region was lost is what every figure of a fail-over is compared with: keep it beside the ledgers.
+        event = {"t": now, "wall": time.time(), "event": "cut" if given["cut_off"] else "heal", "region": only_cut}
+        with (STATE / "log" / "events.jsonl").open("a", encoding="utf-8") as events:
+            events.write(json.dumps(event) + "\n")
+    if cut is None:
+        cut = [site.name for site in lab.sites if str(site.network) in observed.cut]
+    return {"actions": [action.what for action in actions], "cut": list(cut), "monotonic": now}
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "inventory": {"type": "path"},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            **INVENTORY_AND_STATE,
             "cut": {"type": "list", "elements": "str"},
             "cut_off": {"type": "str"},
             "heal": {"type": "str"},
         },
         mutually_exclusive=[("cut", "cut_off", "heal")],
+        required_if=PRESENT_NEEDS_INVENTORY,
         supports_check_mode=True,
     )
-    given = module.params
-    try:
-        only_cut = given["cut_off"] or given["heal"]
-        observed = fabric.observe(links=not only_cut)
-        if given["state"] == "absent":
-            actions = fabric.plan_absent(observed)
-            if not module.check_mode:
-                fabric.apply(actions)
-            done = [action.what for action in actions]
-            module.exit_json(changed=bool(actions), actions=done, cut=[], monotonic=time.monotonic())
-        if not given["inventory"]:
-            module.fail_json(msg="inventory is needed to build, cut or heal the network")
-        lab = topology.load(Path(given["inventory"]))
-        cut = given["cut"]
-        if only_cut:
-            if fabric.ROUTER not in observed.spaces:
-                raise fabric.FabricError("the lab's network is not there; start it with: lab up")
-            names = {site.name for site in lab.sites if str(site.network) in observed.cut}
-            cut = sorted((names | {given["cut_off"]}) if given["cut_off"] else (names - {lab.site(given["heal"]).name}))
-            actions = fabric.plan_cut(lab, observed.cut, cut)
-        else:
-            actions = fabric.plan(lab, observed, cut)
-        if not module.check_mode:
-            fabric.apply(actions)
-        now = time.monotonic()
-        if only_cut and actions and not module.check_mode:
-            # When a region was lost is what every figure of a fail-over is compared with: keep it beside the ledgers.
-            event = {"t": now, "wall": time.time(), "event": "cut" if given["cut_off"] else "heal", "region": only_cut}
-            with (STATE / "log" / "events.jsonl").open("a", encoding="utf-8") as events:
-                events.write(json.dumps(event) + "\n")
-        if cut is None:
-            cut = [site.name for site in lab.sites if str(site.network) in observed.cut]
-    except (topology.TopologyError, fabric.FabricError) as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(changed=bool(actions), actions=[action.what for action in actions], cut=list(cut), monotonic=now)
+    answer(module, bring)
 
 
 if __name__ == "__main__":

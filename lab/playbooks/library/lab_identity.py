@@ -70,34 +70,23 @@ stopped:
   returned: always
 """
 
-from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import nodes, report, topology
+from lab import nodes, report
+from lab.module import INVENTORY, answer, described
 from lab.paths import PREFIX, STATE
 
 
-def main() -> None:
-    module = AnsibleModule(
-        argument_spec={
-            "inventory": {"type": "path", "required": True},
-            "images": {"type": "dict", "required": True},
-            "hybrid_cgroups": {"type": "bool", "required": True},
-            "files": {"type": "int", "required": True},
-        },
-        supports_check_mode=True,
-    )
+def provide(module: AnsibleModule) -> dict[str, Any]:
     given = module.params
-    try:
-        lab = topology.load(Path(given["inventory"]))
-        known = {path.name for path in (STATE / "nodes").glob("*") if (path / "ssh_host_ed25519_key").is_file()}
-        if module.check_mode:
-            actions = [f"make the host key of {node.name}" for node in lab.nodes if node.name not in known]
-        else:
-            actions = nodes.provide(lab)
-    except (topology.TopologyError, nodes.NodeError, OSError) as error:
-        module.fail_json(msg=str(error))
+    lab = described(module)
+    known = {path.name for path in (STATE / "nodes").glob("*") if (path / "ssh_host_ed25519_key").is_file()}
+    if module.check_mode:
+        actions = [f"make the host key of {node.name}" for node in lab.nodes if node.name not in known]
+    else:
+        actions = nodes.provide(lab)
     there = report.containers()
     containers = {
         node.name: nodes.container(node, given["images"][node.role], given["hybrid_cgroups"], given["files"])
@@ -106,7 +95,20 @@ def main() -> None:
     }
     own = {PREFIX + node.name for node in lab.nodes}
     stopped = sorted(name for name, state in there.items() if name in own and state != "running")
-    module.exit_json(changed=bool(actions), actions=actions, containers=containers, stopped=stopped)
+    return {"actions": actions, "containers": containers, "stopped": stopped}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            **INVENTORY,
+            "images": {"type": "dict", "required": True},
+            "hybrid_cgroups": {"type": "bool", "required": True},
+            "files": {"type": "int", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    answer(module, provide)
 
 
 if __name__ == "__main__":

@@ -59,61 +59,59 @@ files:
 """
 
 import shutil
-from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import machine, nodes, topology
+from lab import machine, nodes
+from lab.module import INVENTORY_AND_STATE, PRESENT_NEEDS_INVENTORY, answer, described
 from lab.paths import STATE
+
+
+def put_back(module: AnsibleModule) -> dict[str, Any]:
+    actions = []
+    name, wanted = machine.INOTIFY
+    limit = machine.plan_restore(machine.current_limit(), machine.remembered().get(name), wanted)
+    if limit.set_to is not None:
+        actions.append(f"put {name} back to {limit.set_to}")
+    if STATE.exists():
+        actions.append(f"remove {STATE}")
+    if not module.check_mode:
+        machine.apply_limit(limit)
+        if STATE.exists():
+            shutil.rmtree(STATE)
+    return {"actions": actions}
+
+
+def prepare(module: AnsibleModule) -> dict[str, Any]:
+    actions = []
+    name, wanted = machine.INOTIFY
+    lab = described(module)
+    facts = machine.observe(lab)
+    if facts.missing:
+        actions.append(f"install {', '.join(facts.missing)}")
+    limit = machine.plan_raise(machine.current_limit(), machine.remembered().get(name), wanted)
+    if limit.set_to is not None:
+        actions.append(f"raise {name} from {machine.current_limit()} to {wanted} for the lab's life")
+    if not module.check_mode:
+        STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
+        STATE.chmod(0o700)
+        for directory in ("log", "pids", "nodes", "ssh", "secrets", "pki", "ledgers", "runs"):
+            (STATE / directory).mkdir(mode=0o700, exist_ok=True)
+        if facts.missing:
+            machine.install(facts.missing, STATE / "log" / "install.log")
+            facts = machine.observe(lab)
+        machine.apply_limit(limit)
+        if nodes.write(machine.PODMAN_SETTINGS, machine.podman_settings(facts)):
+            actions.append("write podman's settings for this machine")
+    return {"actions": actions, "hybrid_cgroups": facts.hybrid_cgroups, "files": machine.files_limit()}
 
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "inventory": {"type": "path"},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        required_if=[("state", "present", ["inventory"])],
-        supports_check_mode=True,
+        argument_spec=INVENTORY_AND_STATE, required_if=PRESENT_NEEDS_INVENTORY, supports_check_mode=True
     )
-    actions: list[str] = []
-    name, wanted = machine.INOTIFY
-    remembered = machine.remembered().get(name)
-    try:
-        if module.params["state"] == "absent":
-            limit = machine.plan_restore(machine.current_limit(), remembered, wanted)
-            if limit.set_to is not None:
-                actions.append(f"put {name} back to {limit.set_to}")
-            if STATE.exists():
-                actions.append(f"remove {STATE}")
-            if not module.check_mode:
-                machine.apply_limit(limit)
-                if STATE.exists():
-                    shutil.rmtree(STATE)
-            module.exit_json(changed=bool(actions), actions=actions)
-        lab = topology.load(Path(module.params["inventory"]))
-        facts = machine.observe(lab)
-        if facts.missing:
-            actions.append(f"install {', '.join(facts.missing)}")
-        limit = machine.plan_raise(machine.current_limit(), remembered, wanted)
-        if limit.set_to is not None:
-            actions.append(f"raise {name} from {machine.current_limit()} to {wanted} for the lab's life")
-        if not module.check_mode:
-            STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
-            STATE.chmod(0o700)
-            for directory in ("log", "pids", "nodes", "ssh", "secrets", "pki", "ledgers", "runs"):
-                (STATE / directory).mkdir(mode=0o700, exist_ok=True)
-            if facts.missing:
-                machine.install(facts.missing, STATE / "log" / "install.log")
-                facts = machine.observe(lab)
-            machine.apply_limit(limit)
-            if nodes.write(machine.PODMAN_SETTINGS, machine.podman_settings(facts)):
-                actions.append("write podman's settings for this machine")
-    except (topology.TopologyError, RuntimeError, OSError) as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(
-        changed=bool(actions), actions=actions, hybrid_cgroups=facts.hybrid_cgroups, files=machine.files_limit()
-    )
+    answer(module, put_back if module.params["state"] == "absent" else prepare)
 
 
 if __name__ == "__main__":

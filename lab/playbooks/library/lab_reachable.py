@@ -58,33 +58,33 @@ unseen:
   returned: always
 """
 
-from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import fabric, nodes, topology
+from lab import fabric, nodes
+from lab.module import INVENTORY, answer, described
+
+
+def wait(module: AnsibleModule) -> dict[str, Any]:
+    lab = described(module)
+    chosen = tuple(lab.node(name) for name in module.params["nodes"]) or lab.nodes
+    cut = fabric.observe(links=False).cut
+    seen = tuple(node for node in chosen if str(lab.site(node.site).network) not in cut)
+    seconds = {} if module.check_mode else nodes.wait(seen, module.params["patience"])
+    return {"seconds": seconds, "unseen": [node.name for node in chosen if node not in seen]}
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "inventory": {"type": "path", "required": True},
+            **INVENTORY,
             "nodes": {"type": "list", "elements": "str", "default": []},
             "patience": {"type": "int", "default": 60},
         },
         supports_check_mode=True,
     )
-    given = module.params
-    try:
-        lab = topology.load(Path(given["inventory"]))
-        chosen = tuple(lab.node(name) for name in given["nodes"]) or lab.nodes
-        cut = fabric.observe(links=False).cut
-        seen = tuple(node for node in chosen if str(lab.site(node.site).network) not in cut)
-        seconds = {} if module.check_mode else nodes.wait(seen, given["patience"])
-    except (topology.TopologyError, nodes.NodeError, fabric.FabricError) as error:
-        module.fail_json(msg=str(error))
-    unseen = [node.name for node in chosen if node not in seen]
-    module.exit_json(changed=False, seconds=seconds, unseen=unseen)
+    answer(module, wait)
 
 
 if __name__ == "__main__":

@@ -50,41 +50,36 @@ actions:
 """
 
 import sys
-from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import aws, dns, images, packages, processes, topology
-from lab.background import BackgroundError
+from lab import aws, dns, images, packages, processes
+from lab.module import INVENTORY_AND_STATE, PRESENT_NEEDS_INVENTORY, answer, described
+
+
+def bring(module: AnsibleModule) -> dict[str, Any]:
+    alive = processes.observe()
+    if module.params["state"] == "absent":
+        if not module.check_mode:
+            processes.stop_all()
+        return {"actions": [f"end {name}" for name in alive]}
+    wanted = [
+        packages.service(described(module).operator, images.find_mirror()),
+        processes.Service("aws", (sys.executable, "-m", "lab.aws"), (aws.ADDRESS, aws.PORT)),
+        processes.Service("dns", (sys.executable, "-m", "lab.dns"), (dns.ADDRESS, dns.PORT)),
+    ]
+    missing = processes.plan(wanted, alive)
+    if not module.check_mode:
+        processes.start_all(missing)
+    return {"actions": [f"start {service.name}" for service in missing]}
 
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={
-            "inventory": {"type": "path"},
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
-        },
-        required_if=[("state", "present", ["inventory"])],
-        supports_check_mode=True,
+        argument_spec=INVENTORY_AND_STATE, required_if=PRESENT_NEEDS_INVENTORY, supports_check_mode=True
     )
-    try:
-        alive = processes.observe()
-        if module.params["state"] == "absent":
-            if not module.check_mode:
-                processes.stop_all()
-            module.exit_json(changed=bool(alive), actions=[f"end {name}" for name in alive])
-        lab = topology.load(Path(module.params["inventory"]))
-        wanted = [
-            packages.service(lab.operator, images.find_mirror()),
-            processes.Service("aws", (sys.executable, "-m", "lab.aws"), (aws.ADDRESS, aws.PORT)),
-            processes.Service("dns", (sys.executable, "-m", "lab.dns"), (dns.ADDRESS, dns.PORT)),
-        ]
-        missing = processes.plan(wanted, alive)
-        if not module.check_mode:
-            processes.start_all(missing)
-    except (topology.TopologyError, images.ImageError, processes.ProcessError, BackgroundError, OSError) as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(changed=bool(missing), actions=[f"start {service.name}" for service in missing])
+    answer(module, bring)
 
 
 if __name__ == "__main__":

@@ -50,20 +50,21 @@ missing:
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 
-from lab import report, topology
+from lab import report
+from lab.module import INVENTORY, answer, described
+
+
+def look(module: AnsibleModule) -> dict[str, Any]:
+    state = report.observe(Path(module.params["inventory"]), described(module))
+    return {"lab": json.loads(report.as_json(state)), "missing": report.missing(state)}
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec={"inventory": {"type": "path", "required": True}}, supports_check_mode=True)
-    try:
-        inventory = Path(module.params["inventory"])
-        state = report.observe(inventory, topology.load(inventory))
-    except topology.TopologyError as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(changed=False, lab=json.loads(report.as_json(state)), missing=report.missing(state))
+    answer(AnsibleModule(argument_spec=INVENTORY, supports_check_mode=True), look)
 
 
 if __name__ == "__main__":
