@@ -26,7 +26,7 @@ import yaml
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.etcd import Etcd, EtcdError, Tls
 from ansible_collections.censuschat.infra.plugins.module_utils.lease.store import LeaseStore
 
-from lab import demo
+from lab import demo, topology
 from lab.paths import REPO, STATE
 
 INVENTORY = "inventories/lab"
@@ -77,10 +77,12 @@ class LeaseWatch(threading.Thread):
 
 def raw_promote(region: str) -> float:
     """Seconds that a bare pg_promote took on a database node of the region."""
+    nodes = topology.load(REPO / INVENTORY).nodes
+    node = next(n.name for n in nodes if n.site == region and n.role == "db")
     result = subprocess.run(
         [
             "ansible",
-            f"db:&{VARIABLES['regions'][region]['group']}[0]",
+            node,
             "-i",
             INVENTORY,
             "-b",
@@ -171,10 +173,12 @@ def main() -> int:
     """Print the comparison; the last line is `bench failover: ours_s=… floor_s=… ratio=…` (medians)."""
     parser = argparse.ArgumentParser(prog="scripts/bench failover", description="A fail-over against its floor.")
     parser.add_argument("--runs", type=int, default=5, help="repetitions (default 5)")
+    parser.add_argument("--keep-lab", action="store_true", help="on the lab that is up, instead of a fresh one")
     parser.add_argument("--json", type=Path, help="also write every repetition to this file")
     arguments = parser.parse_args()
     try:
-        demo.build(INVENTORY, small=False)
+        if not arguments.keep_lab:
+            demo.build(INVENTORY, small=False)
         demo.run("start the clients", [sys.executable, "-m", "lab", "probe", "start", "--all"])
         rows = []
         lost = VARIABLES["region_primary"]
