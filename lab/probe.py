@@ -21,8 +21,6 @@ from lab.resolve import Names, UnresolvedError
 from lab.topology import Topology
 from runbooks import ledger
 
-PORT = 8080
-"""Where the service listens on the application nodes."""
 DATABASE = "censuschat"
 """The application's database and its role, as the role `postgresql` names both by default."""
 READBACK_S = 60.0
@@ -39,9 +37,17 @@ class Prober:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def outside(service: str) -> list[Prober]:
+@dataclass(frozen=True)
+class Service:
+    """Where the service is: its name, and the port on each address that the name leads to."""
+
+    name: str
+    port: int
+
+
+def outside(service: Service) -> list[Prober]:
     """The two clients outside both regions."""
-    base = (sys.executable, "-m", "lab.prober", "outside", "--service", service, "--port", str(PORT))
+    base = (sys.executable, "-m", "lab.prober", "outside", "--service", service.name, "--port", str(service.port))
     return [Prober(f"outside-{mode}", ledger.OUTSIDE, (*base, "--mode", mode)) for mode in ("fresh", "kept")]
 
 
@@ -138,7 +144,7 @@ class ReadbackError(Exception):
 
 
 def read_back(
-    client: str, service: str, names: Names, *, patience_s: float = READBACK_S
+    client: str, service: Service, names: Names, *, patience_s: float = READBACK_S
 ) -> tuple[float, list[int], str]:
     """Ask the service for all rows of a client: when it was asked (CLOCK_MONOTONIC), the numbers, the address asked.
 
@@ -147,9 +153,9 @@ def read_back(
     deadline, turn, last = time.monotonic() + patience_s, 0, "never asked"
     while time.monotonic() < deadline:
         try:
-            addresses = names.addresses(service)
+            addresses = names.addresses(service.name)
             address = addresses[turn % len(addresses)]
-            connection = http.client.HTTPConnection(address, PORT, timeout=5)
+            connection = http.client.HTTPConnection(address, service.port, timeout=5)
             asked = time.monotonic()
             try:
                 connection.request("GET", f"/rows?client={quote(client)}")
@@ -167,7 +173,7 @@ def read_back(
     raise ReadbackError(f"the service did not give the rows of {client} in {patience_s:.0f} s; the last answer: {last}")
 
 
-def readback_all(service: str, state: Path = STATE, names: Names | None = None) -> dict[str, int]:
+def readback_all(service: Service, state: Path = STATE, names: Names | None = None) -> dict[str, int]:
     """Write a readback into every ledger; returns how many rows of each client exist."""
     result = {}
     for file in ledgers(state):
@@ -182,10 +188,11 @@ def readback_all(service: str, state: Path = STATE, names: Names | None = None) 
     return result
 
 
-def service_name(inventory: Path) -> str:
-    """The service's name, from the environment's inventory."""
+def service_of(inventory: Path) -> Service:
+    """The service, from the environment's inventory."""
     with (inventory / "group_vars" / "all" / "main.yml").open(encoding="utf-8") as stream:
-        return str(yaml.safe_load(stream)["service_name"])
+        variables = yaml.safe_load(stream)
+    return Service(str(variables["service_name"]), int(variables["service_port"]))
 
 
 def start(arguments: argparse.Namespace) -> int:
@@ -197,7 +204,7 @@ def start(arguments: argparse.Namespace) -> int:
     for region in arguments.inside:
         if region not in regions:
             raise Refusal(f"{region!r} has no clients inside; there are: {', '.join(regions)}")
-    wanted = [] if arguments.inside and not arguments.all else outside(service_name(inventory))
+    wanted = [] if arguments.inside and not arguments.all else outside(service_of(inventory))
     for region in regions if arguments.all else arguments.inside:
         wanted += inside(topology, region)
     started = start_all(wanted, rate=arguments.rate, keep=arguments.keep)
@@ -222,7 +229,7 @@ def readback(_arguments: argparse.Namespace) -> int:
 
     inventory, _ = verbs.current()
     try:
-        result = readback_all(service_name(inventory))
+        result = readback_all(service_of(inventory))
     except (ReadbackError, ledger.LedgerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED

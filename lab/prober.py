@@ -142,7 +142,7 @@ class HttpClient:
             self._connection = None
 
 
-# The timeline as in the stand-in: from the log's position, in the statement that writes.
+# The timeline as in the query service: from the log's position, in the statement that writes.
 INSERT = """
 WITH written AS (INSERT INTO rows (client, n, region) VALUES (%s, %s, %s) RETURNING n)
 SELECT ('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int, host(inet_server_addr())
@@ -267,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         if kind == "outside":
             sub.add_argument("--mode", choices=["fresh", "kept"], required=True)
             sub.add_argument("--service", required=True, help="the service's name")
-            sub.add_argument("--port", type=int, default=8080)
+            sub.add_argument("--port", type=int, required=True)
             sub.add_argument("--dns-address", default="127.0.0.1")
             sub.add_argument("--dns-port", type=int, default=15353)
         else:

@@ -1,4 +1,4 @@
-"""The clients against the real stand-in on loopback addresses and a DNS whose record changes."""
+"""The clients against the real gateway and query service on loopback addresses and a DNS whose record changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pytest
 from lab import background, probe, prober
 from lab import dns as lab_dns
 from lab.resolve import Names
+from lab.services import query
 from runbooks import ledger
-from tests.unit.stand_in_service import Memory, stand_in
+from tests.unit.services_in_memory import Memory, Region
 
 SERVICE = "app.censuschat.test"
 
@@ -33,26 +34,23 @@ class World:
         for store in self.stores.values():
             store.rows = self.store.rows
         first = self._serve("us-east-1", 0)
-        self.port = first.server_address[1]
-        self.servers = {"us-east-1": first, "us-west-2": self._serve("us-west-2", self.port)}
+        self.port = first.port
+        self.regions = {"us-east-1": first, "us-west-2": self._serve("us-west-2", self.port)}
         self.ttl = 1
         self.record = ["127.0.0.2"]
         resolver = lab_dns.Resolver(self._zones, fresh_s=0, log=lambda _line: None)
         self.dns = lab_dns.serve(resolver, "127.0.0.1", 0)
         self.dns_port: int = self.dns[0].server.server_address[1]
 
-    def _serve(self, region: str, port: int) -> Any:
-        server = stand_in.Server((self.addresses[region], port), region, self.stores[region])
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return server
+    def _serve(self, name: str, port: int) -> Region:
+        return Region(name, self.addresses[name], port, self.stores[name])
 
     def _zones(self) -> tuple[lab_dns.Zone, ...]:
         return (lab_dns.Zone("censuschat.test", (lab_dns.RecordSet(SERVICE, "A", self.ttl, tuple(self.record)),)),)
 
     def close(self) -> None:
-        for server in self.servers.values():
-            server.shutdown()
-            server.server_close()
+        for region in self.regions.values():
+            region.close()
         for server in self.dns:
             server.stop()
             server.server.server_close()
@@ -155,23 +153,24 @@ def test_a_silent_address_costs_one_attempt_and_the_next_has_its_turn(world: Wor
     assert 0.9 < records[1].t - records[0].t + prober.ATTEMPT_S < 2.5
 
 
-def test_an_acknowledgement_of_another_row_is_none(world: World, tmp_path: Path) -> None:
-    with ledger.LedgerWriter(tmp_path / "a.jsonl", "outside-fresh", "outside") as writer:
-        client = prober.HttpClient(writer, world.names(), SERVICE, world.port, kept=False)
-        handler = stand_in.Handler._reply
-        try:
-            stand_in.Handler._reply = lambda self, status, body, **more: handler(self, status, {**body, "n": 9}, **more)
-            with pytest.raises(prober.AttemptError, match="another row was acknowledged"):
-                client.attempt(1)
-        finally:
-            stand_in.Handler._reply = handler
-
-
-def test_clients_run_in_the_background_and_are_measured(
+def test_an_acknowledgement_of_another_row_is_none(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "PORT", world.port)
-    (client,) = [p for p in probe.outside(SERVICE) if p.name == "outside-fresh"]
+    with ledger.LedgerWriter(tmp_path / "a.jsonl", "outside-fresh", "outside") as writer:
+        client = prober.HttpClient(writer, world.names(), SERVICE, world.port, kept=False)
+        answer = query.Handler.reply
+
+        def another(self: query.Handler, status: int, body: Any, *, close: bool = False) -> None:
+            answer(self, status, {**body, "n": 9}, close=close)
+
+        monkeypatch.setattr(query.Handler, "reply", another)
+        with pytest.raises(prober.AttemptError, match="another row was acknowledged"):
+            client.attempt(1)
+
+
+def test_clients_run_in_the_background_and_are_measured(world: World, tmp_path: Path) -> None:
+    service = probe.Service(SERVICE, world.port)
+    (client,) = [p for p in probe.outside(service) if p.name == "outside-fresh"]
     client = probe.Prober(client.name, client.side, (*client.command, "--dns-port", str(world.dns_port)))
     path = tmp_path / "ledgers" / "outside-fresh.jsonl"
     assert probe.start_all([client], rate=50, keep=False, state=tmp_path) == ["outside-fresh"]
@@ -185,7 +184,7 @@ def test_clients_run_in_the_background_and_are_measured(
     assert probe.running(tmp_path) == []
     records = ledger.read(path)
     assert (records[0].kind, records[-1].kind) == ("start", "stop")
-    count = probe.readback_all(SERVICE, tmp_path, world.names())["outside-fresh"]
+    count = probe.readback_all(service, tmp_path, world.names())["outside-fresh"]
     figures = ledger.measure(ledger.read(path))
     assert figures.acks >= 5
     assert count >= figures.acks
