@@ -63,11 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
+    from lab.aws_eks import EksOverlay
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     try:
-        server = make_server(
-            arguments.address, arguments.port, DomainDispatcherApplication(create_backend_app), threaded=True
-        )
+        application = EksOverlay(DomainDispatcherApplication(create_backend_app))
+        server = make_server(arguments.address, arguments.port, application, threaded=True)
     except (OSError, SystemExit) as error:
         print(f"error: {arguments.address}:{arguments.port} cannot be bound: {error}", file=sys.stderr)
         return 1
