@@ -51,7 +51,25 @@ def parser() -> argparse.ArgumentParser:
     restart = verb("restart", "restart a node, which is a reboot to it", "lab.verbs:restart")
     restart.add_argument("host", metavar="HOST", help="a node's name, e.g. use1-db1")
     _probe(verbs)
+    _programs(verbs)
     return top
+
+
+def _programs(verbs: Any) -> None:
+    """`programs`."""
+    does = "prepare the programs and images of a Kubernetes version in the cache; a second time changes nothing"
+    programs = verbs.add_parser("programs", help=does, description=does)
+    programs.add_argument("--kubernetes", metavar="VERSION", default="", help="1.35 (the default) or 1.36")
+    programs.add_argument("--only", default="main", metavar="SET", help="main (what the lab needs; the default) or all")
+    programs.add_argument(
+        "--from",
+        dest="source",
+        default="auto",
+        metavar="WAY",
+        help="download, source, or auto: download where upstream's site can be reached, otherwise build",
+    )
+    programs.add_argument("--update", action="store_true", help="write the Go module files of the catalogue anew")
+    programs.set_defaults(function="lab.programs.command:run")
 
 
 def _probe(verbs: Any) -> None:
