@@ -33,6 +33,8 @@ class Reach:
     hosts: str | None
     need: str | int
     url: str | None
+    help: str = "unreachable"
+    """Which of the environment's next commands (runbook_help) helps when the URL's server does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,9 @@ def _broken(path: Path, why: str) -> Problem:
 
 
 def _reach(items: list[dict[str, Any]]) -> tuple[Reach, ...]:
-    return tuple(Reach(i["why"], i.get("hosts"), i.get("need", "all"), i.get("url")) for i in items)
+    return tuple(
+        Reach(i["why"], i.get("hosts"), i.get("need", "all"), i.get("url"), i.get("help", "unreachable")) for i in items
+    )
 
 
 def _parameter(name: str, data: dict[str, Any], base: Path) -> Parameter:

@@ -65,7 +65,7 @@ def check(
         if error:
             raise Problem(
                 f"{url} does not answer ({error}), which is needed {item.why}",
-                next_command=environment.help("aws", f"curl -sv {url}"),
+                next_command=environment.help(item.help, f"curl -sv {url}"),
             )
     for item, group in wanted:
         _enough(environment, item, [answers[node.name] for node in group])

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from runbooks import preflight
+from runbooks.definition import Reach
+from runbooks.environment import Environment
+from runbooks.errors import Problem
 from tests.unit.runbook.place import INVENTORY, Place, make_place
 
 
@@ -124,3 +128,15 @@ def test_bad_input_is_one_sentence_and_nothing_touched(place: Place, case: str) 
     assert next_command in command
     assert not (place.directory / "effects").exists()
     assert not list(place.directory.rglob("journal.sqlite"))
+
+
+@pytest.mark.parametrize(("topic", "command"), [("unreachable", "lab status"), ("aws", "aws sts get-caller-identity")])
+def test_a_server_that_does_not_answer_is_named_with_its_own_next_command(
+    place: Place, topic: str, command: str
+) -> None:
+    text = UNREACHABLE.replace(", KEY", "").replace("lab status,", "lab status, aws: aws sts get-caller-identity,")
+    environment = Environment(Path(inventory(place, text)))
+    reach = Reach("to run the application", None, "all", "{{ server }}", topic)
+    with pytest.raises(Problem, match=r"https://127.0.0.1:1 does not answer .*, which is needed to run the") as problem:
+        preflight.check(environment, [reach], {"server": "https://127.0.0.1:1"})
+    assert problem.value.next_command == command
