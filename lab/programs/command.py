@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from types import FrameType
 
-from lab.cli import EXIT_FAILED, Refusal
+from lab.cli import EXIT_FAILED, EXIT_INTERRUPTED, Refusal
 from lab.programs import ProgramsError, Unknown, Unprepared, prepare
 from lab.programs.catalogue import catalogue
 from lab.programs.store import update
@@ -29,4 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise Refusal(str(error)) from None
     except ProgramsError as error:
         raise Refusal(str(error), EXIT_FAILED) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0

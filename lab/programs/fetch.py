@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab.programs.catalogue import Component, ProgramsError
-from lab.programs.progress import Step
+from lab.programs.progress import Job, Step
 
 #: Asked whether upstream can be reached at all.
 PROBE = "https://dl.k8s.io/"
@@ -83,6 +83,7 @@ def download(
     url: str,
     target: Path,
     seen: Callable[[int], None] = lambda _: None,
+    *,
     attempts: int = ATTEMPTS,
     pause: float = PAUSE,
     timeout: float = TIMEOUT,
@@ -106,7 +107,7 @@ def download(
     raise Missing(f"{url} cannot be had after {attempts} attempts: {reason}")
 
 
-def checked(url: str, checksums: str, target: Path, step: Step, pause: float = PAUSE) -> None:
+def checked(url: str, checksums: str, target: Path, step: Step, *, pause: float = PAUSE) -> None:
     """Downloads a file and compares its checksum; one that differs is fetched once more from its beginning.
 
     Raises Missing, or ProgramsError when the file is not what its checksum says.
@@ -133,21 +134,19 @@ def checked(url: str, checksums: str, target: Path, step: Step, pause: float = P
             )
 
 
-def release(
-    component: Component, version: str, architecture: str, target: Path, store: Path, step: Step, pause: float = PAUSE
-) -> None:
+def release(component: Component, version: str, target: Path, store: Path, job: Job, *, pause: float = PAUSE) -> None:
     """Puts a component's published programs into `target`; `store` keeps what was fetched until all is checked."""
     place = component.download
     if place is None:
         raise Missing("upstream publishes no such program with checksums")
     store.mkdir(parents=True, exist_ok=True)
     for program in component.packages:
-        values: Mapping[str, str] = {"version": version, "arch": architecture, "program": program}
+        values: Mapping[str, str] = {"version": version, "arch": job.architecture, "program": program}
         url = place.url.format(**values)
         fetched = store / url.rpartition("/")[2]
         if not fetched.with_name(fetched.name + ".ok").exists():
             checksums = place.checksums.format(**values, file=fetched.name)
-            checked(url, checksums, fetched, step, pause)
+            checked(url, checksums, fetched, job.step, pause=pause)
             fetched.with_name(fetched.name + ".ok").touch()
         if place.member:
             extract(fetched, place.member.format(**values), target / program)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lab.paths import cache
 from lab.programs.catalogue import Component, ProgramsError, Unprepared, module
-from lab.programs.progress import Step
+from lab.programs.progress import Job
 
 #: Go's own installation directory, often not on root's PATH.
 USUAL = Path("/usr/local/go/bin/go")
@@ -78,7 +78,7 @@ def environment(architecture: str) -> dict[str, str]:
 
 def linker(component: Component, version: str) -> str:
     """The linker's flags: sizes down, versions in."""
-    major, minor = (version.split(".") + ["0"])[:2]
+    major, minor = version.split(".")[:2]
     values = (
         f"-X {name}={value.format(version=version, major=major, minor=minor)}"
         for name, value in component.variables.items()
@@ -92,7 +92,7 @@ def commands(go: str, component: Component, version: str, target: Path) -> list[
     One command builds all packages whose program is named after the package (they link while others compile); one
     whose program has another name gets a command of its own.
     """
-    common = (
+    common: tuple[str, ...] = (
         go,
         "build",
         "-v",
@@ -114,24 +114,21 @@ def commands(go: str, component: Component, version: str, target: Path) -> list[
     return ([(*common, "-o", f"{target}/", *together)] if together else []) + apart
 
 
-def run(command: Sequence[str], directory: Path, architecture: str, log: Path, step: Step, lock: int) -> None:
-    """Runs a go command, counting the packages it names; raises ProgramsError with its last words.
-
-    The command inherits the lock: when we are killed it goes on, and whoever comes next waits for it.
-    """
+def run(command: Sequence[str], directory: Path, job: Job) -> None:
+    """Runs a go command, counting the packages it names; raises ProgramsError with its last words."""
     compiled = 0
     words: list[str] = []
     with (
-        log.open("a", encoding="utf-8") as output,
+        job.log.open("a", encoding="utf-8") as output,
         subprocess.Popen(
             command,
             cwd=directory,
-            env=environment(architecture),
+            env=environment(job.architecture),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            pass_fds=(lock,),
+            pass_fds=(job.lock,),
             start_new_session=True,
         ) as process,
     ):
@@ -140,10 +137,10 @@ def run(command: Sequence[str], directory: Path, architecture: str, log: Path, s
             for line in process.stderr:
                 output.write(line)
                 if line.startswith("go: downloading "):
-                    step.detail = f"fetching {line.split()[2]}"
+                    job.step.detail = f"fetching {line.split()[2]}"
                 elif re.fullmatch(r"[\w./~-]+\n", line):
                     compiled += 1
-                    step.detail = f"{compiled} packages compiled"
+                    job.step.detail = f"{compiled} packages compiled"
                 else:
                     words = [*words[-2:], line.strip()]
         except BaseException:
@@ -151,17 +148,16 @@ def run(command: Sequence[str], directory: Path, architecture: str, log: Path, s
             raise
     if process.returncode != 0:
         raise ProgramsError(
-            f"{step.what} failed (exit {process.returncode}): {' | '.join(words) or 'no word'}; all of it is in {log}"
+            f"{job.step.what} failed (exit {process.returncode}): {' | '.join(words) or 'no word'}; "
+            f"all of it is in {job.log}"
         )
 
 
-def build(
-    name: str, version: str, component: Component, target: Path, architecture: str, log: Path, step: Step, lock: int
-) -> None:
+def build(name: str, version: str, component: Component, target: Path, job: Job) -> None:
     """Builds the programs of a component into `target`."""
     (cache() / "go").mkdir(parents=True, exist_ok=True)
     for command in commands(find_go(), component, version, target):
-        run(command, module(name, version), architecture, log, step, lock)
+        run(command, module(name, version), job)
     for program in component.packages:
         (target / program).chmod(0o755)
 
@@ -176,7 +172,7 @@ import (
 """
 
 
-def update(name: str, version: str, component: Component, log: Path, step: Step, lock: int) -> None:
+def update(name: str, version: str, component: Component, job: Job) -> None:
     """Writes the module files of a component anew: `go mod tidy` resolves, go.sum pins."""
     go = find_go()
     if not go:
@@ -191,7 +187,7 @@ def update(name: str, version: str, component: Component, log: Path, step: Step,
     if component.staging:
         edits += staged(go, component.staging, version)
     for command in ((go, "mod", "edit", *edits), (go, "mod", "tidy")):
-        run(command, place, "amd64", log, step, lock)
+        run(command, place, job)
 
 
 def staged(go: str, origin: str, version: str) -> list[str]:

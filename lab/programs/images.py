@@ -18,8 +18,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lab.images import SUITE, find_mirror
-from lab.programs.catalogue import Image, ProgramsError, Unprepared
-from lab.programs.progress import Step
+from lab.programs.catalogue import Image, ProgramsError
+from lab.programs.progress import Job
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: What a base with Debian packages does not need: documentation (licences stay), translations, the package manager.
@@ -66,21 +66,19 @@ FILES = {
 DIRECTORIES = {"tmp": (0o1777, 0), "home/nonroot": (0o755, 65532), "etc": (0o755, 0)}
 
 
-def debian(packages: Sequence[str], architecture: str, work: Path, log: Path, step: Step) -> Path:
+def debian(packages: Sequence[str], work: Path, job: Job) -> Path:
     """A directory with the files of Debian packages and of all they depend on, from the mirror of the machine's apt."""
-    if not shutil.which("mmdebstrap"):
-        raise Unprepared("images with Debian packages need mmdebstrap; install it with: apt-get install mmdebstrap")
     mirror = find_mirror()
     lines = [f"deb {mirror.archive} {SUITE} main"]
     if mirror.security:
         lines.append(f"deb {mirror.security} {SUITE}-security main")
     root = work / "root"
-    step.detail = f"Debian packages {', '.join(packages)}"
+    job.step.detail = f"Debian packages {', '.join(packages)}"
     command = [
         "mmdebstrap",
         "--variant=extract",
         "--format=directory",
-        f"--architectures={architecture}",
+        f"--architectures={job.architecture}",
         "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
         f"--include={','.join(packages)}",
         *([f'--aptopt=Acquire::http::Proxy "{mirror.proxy}"'] if mirror.proxy else []),
@@ -90,25 +88,25 @@ def debian(packages: Sequence[str], architecture: str, work: Path, log: Path, st
     ]
     if os.geteuid() == 0:
         command.insert(1, "--mode=root")
-    with log.open("a", encoding="utf-8") as output:
+    with job.log.open("a", encoding="utf-8") as output:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
         if done.returncode != 0:
-            tail = " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
-            raise ProgramsError(f"mmdebstrap of {', '.join(packages)} failed: {tail}; all of it is in {log}")
+            tail = " | ".join(job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
+            raise ProgramsError(f"mmdebstrap of {', '.join(packages)} failed: {tail}; all of it is in {job.log}")
         trim(root)
         finish: list[tuple[str, ...]] = []
         if (root / "usr/sbin/ldconfig").exists():
             # Nothing ran the maintainer scripts that make its cache.
             finish.append(("chroot", str(root), "/usr/sbin/ldconfig"))
         if (root / "usr/bin/python3").exists():
-            # In a container that may not write, each start would compile all modules again. By hash: times are not kept.
+            # In a container that may not write, each start would compile all modules again. By hash: no times are kept.
             places = ("/usr/lib/python3", *(f"/usr/lib/{p.name}" for p in (root / "usr/lib").glob("python3.*")))
             compiler = ("-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash")
             finish.append(("chroot", str(root), "/usr/bin/python3", "-I", *compiler, *places))
         for run in finish:
             done = subprocess.run(run, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False)
             if done.returncode != 0:
-                raise ProgramsError(f"`{' '.join(run)}` failed (exit {done.returncode}); what it said is in {log}")
+                raise ProgramsError(f"`{' '.join(run)}` failed (exit {done.returncode}); what it said is in {job.log}")
     shutil.rmtree(root / "var/cache/ldconfig", ignore_errors=True)
     return root
 
@@ -116,9 +114,8 @@ def debian(packages: Sequence[str], architecture: str, work: Path, log: Path, st
 def trim(root: Path) -> None:
     """Removes what is EXCLUDED."""
     for path, name in walk(root):
-        if not path.is_dir() or path.is_symlink():
-            if any(fnmatch(name, pattern) for pattern in EXCLUDED):
-                path.unlink()
+        if (not path.is_dir() or path.is_symlink()) and any(fnmatch(name, pattern) for pattern in EXCLUDED):
+            path.unlink()
     for path, _ in sorted(walk(root), key=lambda item: item[1], reverse=True):
         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
@@ -137,9 +134,7 @@ def missing(root: Path, needs: Sequence[str]) -> list[str]:
 
 def compile_pause(source: Path, version: str, target: Path) -> None:
     """The pause program: static, a few hundred kilobytes."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise Unprepared("the pause image needs a C compiler; install it with: apt-get install gcc libc6-dev")
+    compiler = shutil.which("cc") or "gcc"
     command = (compiler, "-static", "-Os", "-s", "-Wall", "-Werror", f'-DVERSION="{version}"', "-o", target, source)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -221,13 +216,11 @@ def archive(image: Image, name: str, architecture: str, layer: Path, target: Pat
             add(f"{digest}.tar", file, layer.stat().st_size)
 
 
-def make(
-    image: Image, name: str, programs: Mapping[str, Path], architecture: str, work: Path, log: Path, step: Step
-) -> Path:
+def make(image: Image, name: str, programs: Mapping[str, Path], work: Path, job: Job) -> Path:
     """Makes an image in the directory `work`; gives the archive's path. Raises ProgramsError."""
     root = work / "root"
     if image.packages:
-        debian(image.packages, architecture, work, log, step)
+        debian(image.packages, work, job)
     else:
         root.mkdir()
     if lacking := missing(root, image.needs):
@@ -235,7 +228,7 @@ def make(
     fill(image, root, programs)
     layer, target = work / "layer.tar", work / (re.sub(r"[^\w.-]", "-", name) + ".tar")
     pack(root, layer)
-    archive(image, name, architecture, layer, target)
+    archive(image, name, job.architecture, layer, target)
     layer.unlink()
     shutil.rmtree(root)
     return target

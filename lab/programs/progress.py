@@ -6,6 +6,8 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 #: Seconds without a line after which one is printed.
 INTERVAL = 20.0
@@ -35,6 +37,17 @@ class Step:
         """The sign of life."""
         detail = f" ({self.detail})" if self.detail else ""
         return f"    ... {self.what}{detail}: {elapsed(time.monotonic() - self.started)}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What whoever makes a part needs to know: for which machine, where to log, what to tell, and the lock's file
+    descriptor, which a child inherits: when we are killed it goes on, and whoever comes next waits for it."""
+
+    architecture: str
+    log: Path
+    step: Step
+    lock: int
 
 
 @contextlib.contextmanager

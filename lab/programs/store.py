@@ -16,11 +16,11 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.machine import architecture
+from lab.machine import architecture, install
 from lab.paths import cache
 from lab.programs import fetch, golang, images
 from lab.programs.catalogue import (
@@ -36,7 +36,7 @@ from lab.programs.catalogue import (
     parts,
     versions,
 )
-from lab.programs.progress import Say, Step, elapsed, say, step
+from lab.programs.progress import Job, Say, elapsed, say, step
 
 SOURCES = ("auto", "source", "download")
 #: What a part and a version say of themselves.
@@ -148,6 +148,7 @@ def prepare(minor: str, only: str = "main", source: str = "auto", tell: Say = sa
         todo = missing(wanted, state(directory), complete(place))
         if todo:
             ways = choose(todo, source, arch)
+            provide(todo, place.logs / "packages.log", tell)
             tell(f"programs: {title}, {len(todo)} of {len(wanted)} parts to make in {place.root}")
             maker = Maker(place, arch, tell, lock, exact, ways, {part.name: part for part in wanted})
             for number, part in enumerate(todo, 1):
@@ -174,6 +175,31 @@ def choose(todo: Sequence[Part], source: str, arch: str) -> dict[str, str]:
         why = "upstream's download site cannot be reached and " if source == "auto" and not online else ""
         raise Unprepared(f"{', '.join(built)} cannot be built: {why}{problem}")
     return ways
+
+
+def tools(todo: Sequence[Part], present: Callable[[str], bool]) -> tuple[str, ...]:
+    """The Debian packages with what making these parts takes and this machine lacks."""
+    needed = []
+    if any(part.image and part.image.packages for part in todo) and not present("mmdebstrap"):
+        needed.append("mmdebstrap")
+    if any(not part.image and not part.component for part in todo) and not (present("cc") or present("gcc")):
+        needed += ["gcc", "libc6-dev"]
+    return tuple(needed)
+
+
+def provide(todo: Sequence[Part], log: Path, tell: Say) -> None:
+    """Installs what `tools` says, as the lab does with its programs. Raises Unprepared."""
+    packages = tools(todo, lambda program: shutil.which(program) is not None)
+    if not packages:
+        return
+    command = f"apt-get install --no-install-recommends {' '.join(packages)}"
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise Unprepared(f"making the images needs {', '.join(packages)}; install them with: {command}")
+    tell(f"programs: installing {', '.join(packages)}")
+    try:
+        install(packages, log)
+    except RuntimeError as error:
+        raise Unprepared(str(error)) from None
 
 
 @contextlib.contextmanager
@@ -227,7 +253,7 @@ class Maker:
         how = {"download": "downloading", "source": "building from source"}.get(self.ways.get(part.name, ""), "making")
         self.tell(f"{count} {part.name} {part.version}: {how}")
         with step(f"{part.name} {part.version}", self.tell) as current:
-            how = self._fill(part, files, work, log, current)
+            how = self._fill(part, files, work, Job(self.arch, log, current, self.lock))
         manifest = {file: (files / file).stat().st_size for file in part.files}
         (files / MANIFEST).write_text(json.dumps({"key": part.key, "sizes": manifest, "sums": sums(files, part.files)}))
         flush(files)
@@ -239,7 +265,7 @@ class Maker:
         size = sum(manifest.values()) >> 20
         self.tell(f"{count} {part.name} {part.version}: {how}, {size} MiB, {elapsed(time.monotonic() - started)}")
 
-    def _fill(self, part: Part, files: Path, work: Path, log: Path, current: Step) -> str:
+    def _fill(self, part: Part, files: Path, work: Path, job: Job) -> str:
         """Puts the part's files into `files`; gives how, in a word."""
         if part.image:
             sources = {
@@ -248,7 +274,7 @@ class Maker:
                 for program in part.image.programs[need]
             }
             name = part.image.name.format(**self.exact)
-            made = images.make(part.image, name, sources, self.arch, work, log, current)
+            made = images.make(part.image, name, sources, work, job)
             made.rename(files / part.files[0])
             return "made"
         if not part.component:
@@ -258,7 +284,7 @@ class Maker:
         if self.ways[part.name] == "download":
             try:
                 store = self.place.downloads / part.directory
-                fetch.release(part.component, part.version, self.arch, target, store, current)
+                fetch.release(part.component, part.version, target, store, job)
                 shutil.rmtree(store)
                 return "downloaded, checksums right"
             except fetch.Missing as error:
@@ -266,7 +292,7 @@ class Maker:
                 if problem:
                     raise ProgramsError(f"{error}; and it cannot be built: {problem}") from None
                 self.tell(f"    {error}; building it from source")
-        golang.build(part.name, part.version, part.component, target, self.arch, log, current, self.lock)
+        golang.build(part.name, part.version, part.component, target, job)
         return "built"
 
 
@@ -362,8 +388,8 @@ def update(tell: Say = say) -> None:
         for (name, version), component in wanted.items():
             tell(f"module files of {name} {version}")
             with step(f"module files of {name} {version}", tell) as current:
-                golang.update(name, version, component, place.logs / f"update-{name}-{version}.log", current, lock)
+                log = place.logs / f"update-{name}-{version}.log"
+                golang.update(name, version, component, Job(architecture(), log, current, lock))
     for path in MODULES.iterdir():
         if path.name not in {f"{name}-{version}" for name, version in wanted}:
             shutil.rmtree(path)
-
