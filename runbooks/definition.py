@@ -27,7 +27,7 @@ PYTHON_TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Something that must answer before the run: hosts of a pattern, or a URL's server."""
+    """Something that must answer before the run: hosts of a pattern (over ssh, or at a port), or a URL's server."""
 
     why: str
     hosts: str | None
@@ -35,6 +35,7 @@ class Reach:
     url: str | None
     help: str = "unreachable"
     """Which of the environment's next commands (runbook_help) helps when the URL's server does not answer."""
+    port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,8 @@ def _broken(path: Path, why: str) -> Problem:
 
 def _reach(items: list[dict[str, Any]]) -> tuple[Reach, ...]:
     return tuple(
-        Reach(i["why"], i.get("hosts"), i.get("need", "all"), i.get("url"), i.get("help", "unreachable")) for i in items
+        Reach(i["why"], i.get("hosts"), i.get("need", "all"), i.get("url"), i.get("help", "unreachable"), i.get("port"))
+        for i in items
     )
 
 

@@ -46,7 +46,9 @@ def check(
     counts as missing.
     Raises Problem when something that is needed does not answer.
     """
-    wanted = [(item, environment.nodes(environment.template(item.hosts, **variables))) for item in reach if item.hosts]
+    asked = [(item, environment.nodes(environment.template(item.hosts, **variables))) for item in reach if item.hosts]
+    wanted = [(item, group) for item, group in asked if item.port is None]
+    ports = [(item, item.port, group) for item, group in asked if item.port is not None]
     urls = [(item, environment.template(item.url, **variables) or PUBLIC_AWS) for item in reach if item.url]
     nodes = list({node.name: node for _, group in wanted for node in group}.values())
     _keys_exist(environment, nodes)
@@ -57,8 +59,12 @@ def check(
             sum(n.name in good for n in group) >= _needed(item, len(group)) for item, group in wanted
         )
 
-    with ThreadPoolExecutor(max_workers=max(1, len(urls))) as pool:
+    with ThreadPoolExecutor(max_workers=max(1, len(urls) + sum(len(group) for _, _, group in ports))) as pool:
         servers = [(item, url, pool.submit(_server, str(url))) for item, url in urls]
+        listeners = [
+            (item, port, [(node, pool.submit(_server, f"tcp://{node.address}:{port}")) for node in group])
+            for item, port, group in ports
+        ]
         answers = _ask(nodes, enough)
     for item, url, server in servers:
         error = server.result()
@@ -66,6 +72,14 @@ def check(
             raise Problem(
                 f"{url} does not answer ({error}), which is needed {item.why}",
                 next_command=environment.help(item.help, f"curl -sv {url}"),
+            )
+    for item, port, listening in listeners:
+        faults = [(node, fault) for node, asked_for in listening if (fault := asked_for.result())]
+        if len(listening) - len(faults) < _needed(item, len(listening)):
+            raise Problem(
+                f"Port {port} of {len(faults)} of the {len(listening)} nodes needed {item.why} does not answer "
+                f"({', '.join(node.name for node, _ in faults[:3])}: {faults[0][1]})",
+                next_command=environment.help(item.help, f"nc -vz {faults[0][0].address} {port}"),
             )
     for item, group in wanted:
         _enough(environment, item, [answers[node.name] for node in group])

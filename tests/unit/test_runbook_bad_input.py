@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,23 @@ def test_a_server_that_does_not_answer_is_named_with_its_own_next_command(
     with pytest.raises(Problem, match=r"https://127.0.0.1:1 does not answer .*, which is needed to run the") as problem:
         preflight.check(environment, [reach], {"server": "https://127.0.0.1:1"})
     assert problem.value.next_command == command
+
+
+def test_a_port_is_asked_for_instead_of_a_login(place: Place) -> None:
+    text = """
+all:
+  hosts: {one: {ansible_host: 127.0.0.1}, two: {ansible_host: 127.0.0.2}, three: {ansible_host: 127.0.0.3}}
+  vars: {environment_name: ports, runbook_help: {unreachable: lab status}}
+"""
+    environment = Environment(Path(inventory(place, text)))
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = first.getsockname()[1]
+        reach = [Reach("to run the application in its cluster", "all", "majority", None, port=port)]
+        with pytest.raises(Problem) as problem:
+            preflight.check(environment, reach, {})
+        assert f"Port {port} of 2 of the 3 nodes needed to run the application" in str(problem.value)
+        assert "does not answer (two, three: " in str(problem.value)
+        assert problem.value.next_command == "lab status"
+        stack.enter_context(socket.create_server(("127.0.0.2", port)))
+        assert preflight.check(environment, reach, {}) == []
