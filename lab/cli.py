@@ -37,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     up = verb("up", "start the lab, or finish starting it; a second time changes nothing", "lab.verbs:up")
-    up.add_argument("--small", action="store_true", help="1 app and 2 db nodes a region, for a laptop")
+    profile = up.add_mutually_exclusive_group()
+    for name, help_text in (
+        ("small", "1 app and 2 db nodes a region, for a laptop"),
+        ("ha", "three control planes behind a balancer in the primary region"),
+    ):
+        profile.add_argument(f"--{name}", dest="profile", action="store_const", const=name, default="", help=help_text)
     status = verb("status", "show nodes, services and cuts", "lab.verbs:status")
     status.add_argument("--json", action="store_true", help="the same for programs")
     down = verb("down", "remove all that the lab made, wherever it was interrupted", "lab.verbs:down")

@@ -24,6 +24,17 @@ ROUTER = f"{PREFIX}fabric"
 IN_ROUTER = ("ip", "netns", "exec", ROUTER)
 UPLINK = "censuslab0"
 TABLE = "censuslab"
+#: The router's own kernel settings.
+KERNEL = (
+    "net.ipv4.ip_forward=1",
+    "net.ipv6.conf.all.disable_ipv6=1",
+    "net.ipv6.conf.default.disable_ipv6=1",
+    # Every refusal is said, not one a second.
+    "net.ipv4.icmp_ratelimit=0",
+    # What stays inside a site is bridged past the packet filter, pods' addresses included. (Kernels without
+    # br_netfilter do not know the setting, and do so anyway.)
+    "net.bridge.bridge-nf-call-iptables=0",
+)
 #: The machine's own namespace, which has no name.
 MACHINE = ""
 
@@ -86,14 +97,19 @@ def desired(topology: Topology) -> dict[str, Space]:
     for site in topology.sites:
         router_links[site.bridge] = Link(frozenset({f"{site.router}/{site.network.prefixlen}"}), True)
     spaces: dict[str, Space] = {}
-    for name, at, address in [(n.name, n.site, n.address) for n in topology.nodes] + [
-        (c.name, c.site, c.address) for c in topology.clients
+    for name, at, address, kubernetes in [(n.name, n.site, n.address, n.kubernetes) for n in topology.nodes] + [
+        (c.name, c.site, c.address, "") for c in topology.clients
     ]:
         site = topology.site(at)
+        routes = {(supernet, str(site.router))}
+        if kubernetes and site.services:
+            # A process of the node must find a route before kube-proxy gives its packet another destination. What
+            # kube-proxy does not know ends at the router, which has no route for it and says so.
+            routes.add((str(site.services), str(site.router)))
         router_links[port_of(name)] = Link(up=True, master=site.bridge)
         spaces[space_of(name)] = Space(
             {"lo": Link(up=True), "eth0": Link(frozenset({f"{address}/{site.network.prefixlen}"}), True)},
-            frozenset({(supernet, str(site.router))}),
+            frozenset(routes),
         )
     spaces[ROUTER] = Space(router_links, forwarding=True)
     spaces[MACHINE] = Space(
@@ -108,6 +124,9 @@ def ruleset(topology: Topology) -> str:
 
     Inside a site everything passes, cut or not. Between sites: nothing to or from a cut one, established flows
     included; then lab to lab only. The machine is reached by nobody, except for answers and the package cache.
+
+    Two counters tell what came to the router for an address that is not the lab's (`outside`; it has no route for it
+    and says so), and what of that went on to the machine (`left`, which stays 0).
     """
     inside = "\n".join(f"    ip saddr {n} ip daddr {n} accept" for n in [s.network for s in topology.sites])
     operator, supernet = topology.operator, topology.supernet
@@ -115,6 +134,16 @@ def ruleset(topology: Topology) -> str:
   set cut {{
     type ipv4_addr
     flags interval
+  }}
+  counter outside {{ }}
+  counter left {{ }}
+  chain arrive {{
+    type filter hook prerouting priority filter; policy accept;
+    ip daddr != {{ {supernet}, 127.0.0.0/8, 224.0.0.0/4 }} counter name outside
+  }}
+  chain leave {{
+    type filter hook postrouting priority filter; policy accept;
+    oifname "operator" ip daddr != {operator.network} counter name left drop
   }}
   chain between {{
 {inside}
@@ -156,8 +185,7 @@ def plan(topology: Topology, observed: Fabric, cut: Iterable[str] | None = None)
             new.add(name)
             actions.append(Action(f"namespace {name}", ("ip", "netns", "add", name)))
     if ROUTER in new or not observed.spaces[ROUTER].forwarding:
-        kernel = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
-        actions.append(Action("forwarding between the sites", (*IN_ROUTER, "sysctl", "-q", "-w", *kernel)))
+        actions.append(Action("forwarding between the sites", (*IN_ROUTER, "sysctl", "-e", "-q", "-w", *KERNEL)))
     rules = ruleset(topology)
     if observed.rules != mark(rules):
         # The filter comes before the first link: there is no moment in which the fabric forwards unfiltered.
@@ -209,7 +237,9 @@ def plan_settings(want: Space, seen: Space, rebuilt: set[str]) -> list[str]:
             lines.append(f"link set {name} master {link.master}")
         if name != "lo":
             lines += [f"addr add {address} dev {name}" for address in sorted(link.addresses - have.addresses)]
-            lines += [f"addr del {address} dev {name}" for address in sorted(have.addresses - link.addresses)]
+            # A single address is one that floats between nodes: it is theirs to give up.
+            surplus = sorted(a for a in have.addresses - link.addresses if not a.endswith("/32"))
+            lines += [f"addr del {address} dev {name}" for address in surplus]
         if link.up and not have.up:
             lines.append(f"link set {name} up")
     # A route goes with its link.

@@ -57,6 +57,15 @@ ROLE_PACKAGES = {
         "python3-redis",
         "redis-tools",
         "postgresql-client-15",
+        # What kubelet, kubeadm, kube-proxy and containerd call, and the balancer of an API with three servers.
+        "runc",
+        "containernetworking-plugins",
+        "conntrack",
+        "iptables",
+        "ethtool",
+        "socat",
+        "keepalived",
+        "python3-yaml",
     ),
     "witness": ("etcd-server", "etcd-client"),
 }
@@ -137,6 +146,23 @@ RemainAfterExit=yes
 ExecStart=/bin/sh -ec 'mount --bind /proc/sys /proc/sys; mount --bind /proc/sys/net /proc/sys/net; \\
   mount -o remount,bind,ro /proc/sys; \\
   mount --bind /sys/kernel /sys/kernel; mount -o remount,bind,ro /sys/kernel'
+
+[Install]
+WantedBy=sysinit.target
+""",
+    ),
+    # systemd leaves the propagation of a container's mounts alone; a kubelet's volumes need it shared.
+    "etc/systemd/system/censuschat-lab-mounts.service": (
+        0o644,
+        """[Unit]
+Description=Let the pods' mounts of this node propagate
+DefaultDependencies=no
+Before=sysinit.target
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/mount --make-rshared /
 
 [Install]
 WantedBy=sysinit.target
@@ -272,11 +298,12 @@ useradd --create-home --shell /bin/bash --password '*' ops
 rm -f /etc/ssh/ssh_host_*
 systemctl mask {masked} >/dev/null 2>&1
 systemctl disable {disabled} >/dev/null 2>&1 || true
-systemctl enable ssh.service censuschat-lab-identity.service censuschat-lab-kernel.service >/dev/null 2>&1
+systemctl enable ssh.service censuschat-lab-identity.service censuschat-lab-kernel.service \\
+  censuschat-lab-mounts.service >/dev/null 2>&1
 mkdir -p /var/log/journal
 rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb /var/log/bootstrap.log /var/log/dpkg.log /var/log/apt/*
 """
-UNITS = "'etcd*' 'patroni*' 'postgresql*' 'redis*' 'haproxy*'"
+UNITS = "'etcd*' 'patroni*' 'postgresql*' 'redis*' 'haproxy*' 'keepalived*' 'containerd*'"
 # A golden image has the programs; what runs is the roles' business, so services are neither started nor enabled.
 CONTAINERFILE = """FROM {base}
 RUN set -e; \\

@@ -8,7 +8,7 @@ import platform
 import resource
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -29,6 +29,7 @@ PROGRAMS = {
     "ssh-keygen": "openssh-client",
     "tar": "tar",
     "sysctl": "procps",
+    "modprobe": "kmod",
 }
 #: What these packages enable, though the lab needs the program only: an installation must not leave a daemon behind.
 UNITS = {
@@ -41,8 +42,38 @@ UNITS = {
         "podman-restart.service",
     ),
 }
-#: All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, one with a kubelet up to 25.
-INOTIFY = ("fs.inotify.max_user_instances", 1024)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A kernel setting of the machine that the nodes need and cannot set themselves. `least`: more is as good."""
+
+    name: str
+    value: int
+    least: bool = False
+
+    def met(self, current: int) -> bool:
+        return current >= self.value if self.least else current == self.value
+
+
+SETTINGS = (
+    # All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, one with a kubelet up to 25.
+    Setting("fs.inotify.max_user_instances", 1024, least=True),
+    # A kubelet sets these itself, and does not start where it finds others and cannot.
+    Setting("vm.overcommit_memory", 1),
+    Setting("vm.panic_on_oom", 0),
+    Setting("kernel.panic", 10),
+    Setting("kernel.panic_on_oops", 1),
+    Setting("kernel.keys.root_maxkeys", 1000000),
+    Setting("kernel.keys.root_maxbytes", 25000000),
+)
+#: What nodes need of the kernel and cannot load themselves: module -> a path that is there, or a line of
+#: /proc/filesystems, when the kernel has it, loaded or built in.
+MODULES = {
+    "br_netfilter": "/proc/sys/net/bridge",
+    "nf_conntrack": "/proc/sys/net/netfilter/nf_conntrack_max",
+    "overlay": "overlay",
+}
 #: Free memory in MiB a node. Measured with the site deployed, anonymous memory of its processes: app 24-47, db 89-129,
 #: witness 41; the rest is for PostgreSQL's shared buffers and page cache.
 MEMORY_NODE = {"app": 80, "db": 240, "witness": 80}
@@ -199,18 +230,18 @@ class Limit:
     forget: bool = False
 
 
-def plan_raise(current: int, remembered: int | None, wanted: int) -> Limit:
-    """Raises only what is lower, and remembers the first value found."""
-    if current >= wanted:
+def plan_raise(setting: Setting, current: int, remembered: int | None) -> Limit:
+    """Changes only what does not do, and remembers the first value found."""
+    if setting.met(current):
         return Limit()
-    return Limit(set_to=wanted, remember=current if remembered is None else None)
+    return Limit(set_to=setting.value, remember=current if remembered is None else None)
 
 
-def plan_restore(current: int, remembered: int | None, wanted: int) -> Limit:
-    """Puts back what the lab raised, unless somebody else has changed it since."""
+def plan_restore(setting: Setting, current: int, remembered: int | None) -> Limit:
+    """Puts back what the lab changed, unless somebody else has changed it since."""
     if remembered is None:
         return Limit()
-    return Limit(set_to=remembered if current == wanted else None, forget=True)
+    return Limit(set_to=remembered if current == setting.value else None, forget=True)
 
 
 def limit_file(state: Path = STATE) -> Path:
@@ -218,22 +249,72 @@ def limit_file(state: Path = STATE) -> Path:
 
 
 def remembered(state: Path = STATE) -> Mapping[str, int]:
-    """The values found before the lab raised them."""
+    """The values found before the lab changed them."""
     try:
         return dict(json.loads(limit_file(state).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 
 
-def current_limit() -> int:
-    return int(Path("/proc/sys/" + INOTIFY[0].replace(".", "/")).read_text(encoding="ascii"))
+def current(setting: Setting) -> int:
+    """The setting's value now."""
+    return int(_setting_file(setting).read_text(encoding="ascii"))
 
 
-def apply_limit(limit: Limit, state: Path = STATE) -> None:
-    """Remembers first, then sets: an interruption in between loses nothing."""
-    if limit.remember is not None:
-        limit_file(state).write_text(json.dumps({INOTIFY[0]: limit.remember}), encoding="utf-8")
-    if limit.set_to is not None:
-        Path("/proc/sys/" + INOTIFY[0].replace(".", "/")).write_text(str(limit.set_to), encoding="ascii")
-    if limit.forget:
-        limit_file(state).unlink(missing_ok=True)
+def _setting_file(setting: Setting) -> Path:
+    return Path("/proc/sys/" + setting.name.replace(".", "/"))
+
+
+def apply_limits(limits: Mapping[Setting, Limit], state: Path = STATE) -> None:
+    """Remembers first, then sets, then forgets: an interruption in between loses nothing.
+
+    Raises RuntimeError naming a setting that this machine does not let anybody set.
+    """
+    found = dict(remembered(state))
+    found.update({setting.name: limit.remember for setting, limit in limits.items() if limit.remember is not None})
+    if any(limit.remember is not None for limit in limits.values()):
+        _write_limits(found, state)
+    for setting, limit in limits.items():
+        if limit.set_to is None:
+            continue
+        try:
+            _setting_file(setting).write_text(str(limit.set_to), encoding="ascii")
+        except OSError as error:
+            raise RuntimeError(
+                f"{setting.name} of the machine cannot be set to {limit.set_to}: {error.strerror}; "
+                "the lab's kubelets need it: run the lab where root may set it"
+            ) from error
+    forgotten = {setting.name for setting, limit in limits.items() if limit.forget}
+    if forgotten:
+        _write_limits({name: value for name, value in found.items() if name not in forgotten}, state)
+
+
+def _write_limits(values: Mapping[str, int], state: Path) -> None:
+    file = limit_file(state)
+    if not values:
+        file.unlink(missing_ok=True)
+        return
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(json.dumps(values), encoding="utf-8")
+    fresh.replace(file)
+
+
+def missing_modules() -> tuple[str, ...]:
+    """The kernel modules of MODULES that are neither loaded nor built in."""
+    filesystems = _read("/proc/filesystems").split()
+    return tuple(
+        module
+        for module, sign in MODULES.items()
+        if not (Path(sign).exists() if sign.startswith("/") else sign in filesystems)
+    )
+
+
+def load(modules: Sequence[str]) -> None:
+    """Loads kernel modules; raises RuntimeError naming those that this kernel does not have."""
+    for module in modules:
+        done = subprocess.run(("modprobe", module), capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(
+                f"the machine's kernel has no {module}, which the lab's Kubernetes nodes need "
+                f"({done.stderr.strip()}); install the kernel's modules, or start a kernel that has it"
+            )

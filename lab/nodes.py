@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lab.paths import LABEL, PREFIX, STATE
+from lab.paths import LABEL, PREFIX, STATE, cache
 from lab.topology import Node, Topology
 
 
@@ -23,8 +23,15 @@ VOLUMES = {
     "db": ("/var/lib/etcd",),
     "witness": ("/var/lib/etcd",),
 }
+#: Where a Kubernetes node finds the programs of every version that the machine has prepared, read-only.
+PROGRAMS = "/opt/kubernetes"
 #: Where a node finds its identity, read-only.
 IDENTITY = "/run/censuschat-lab"
+
+
+def programs() -> Path:
+    """Where the machine keeps the Kubernetes programs, a directory a version."""
+    return cache() / "kubernetes"
 
 
 def volume(node: str, path: str) -> str:
@@ -57,7 +64,8 @@ def container(node: Node, image: str, hybrid: bool, files: int, state: Path = ST
         "tmpfs": {"/run": "rw", "/run/lock": "rw", "/tmp": "rw"},  # noqa: S108 (the node's own)
         "label": dict([LABEL.split("=", 1)]),
         "volume": [f"{state}/nodes/{node.name}:{IDENTITY}:ro"]
-        + [f"{volume(node.name, path)}:{path}" for path in VOLUMES[node.role]],
+        + [f"{volume(node.name, path)}:{path}" for path in VOLUMES[node.role]]
+        + ([f"{programs()}:{PROGRAMS}:ro"] if node.kubernetes else []),
         "state": "started",
     }
 
@@ -97,6 +105,8 @@ def provide(topology: Topology, state: Path = STATE) -> list[str]:
     changed: list[str] = []
     for directory in (state, state / "ssh", state / "nodes", state / "log", state / "pids"):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Podman wants the directory of a mount to be there, even with nothing in it yet.
+    programs().mkdir(parents=True, exist_ok=True)
     operator = state / "ssh" / "id_ed25519"
     if not (operator.is_file() and operator.with_suffix(".pub").is_file()):
         operator.unlink(missing_ok=True)

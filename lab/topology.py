@@ -17,10 +17,14 @@ class TopologyError(ValueError):
 
 @dataclass(frozen=True)
 class Site:
-    """A network of the lab. Its router is the network's first address."""
+    """A network of the lab. Its router is the network's first address.
+
+    `services`: the range of its cluster's Service addresses; None where there is no cluster.
+    """
 
     name: str
     network: IPv4Network
+    services: IPv4Network | None = None
 
     @property
     def router(self) -> IPv4Address:
@@ -41,6 +45,8 @@ class Node:
     address: IPv4Address
     zone: str
     role: str
+    #: What it is to its region's cluster: "control-plane", "worker", or "" for a node outside Kubernetes.
+    kubernetes: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Topology:
 
 #: A node's image follows from the group it is in.
 ROLES = ("app", "db", "witness")
+#: Group -> what its hosts are to their cluster. A control plane that is in no other group has the image of `app`.
+KUBERNETES = {"kube_control_plane": "control-plane", "kube_node": "worker"}
 
 
 def parse(hosts: Mapping[str, Any], networks: Mapping[str, Any]) -> Topology:
@@ -119,7 +127,8 @@ def parse(hosts: Mapping[str, Any], networks: Mapping[str, Any]) -> Topology:
             IPv4Address(networks["operator"]["address"]),
             int(networks["operator"]["packages_port"]),
         )
-        sites = tuple(Site(name, IPv4Network(cidr)) for name, cidr in networks["sites"].items())
+        services = {name: IPv4Network(cidr) for name, cidr in networks["services"].items()}
+        sites = tuple(Site(name, IPv4Network(cidr), services.get(name)) for name, cidr in networks["sites"].items())
         clients = tuple(Client(site, IPv4Address(address)) for site, address in networks["clients"].items())
     except (KeyError, AddressValueError, ValueError, TypeError) as error:
         raise TopologyError(f"lab_networks in group_vars/all/main.yml is not usable: {error!r}") from error
@@ -127,9 +136,11 @@ def parse(hosts: Mapping[str, Any], networks: Mapping[str, Any]) -> Topology:
     nodes = []
     for name in sorted(groups.get("nodes", set())):
         values = variables[name]
-        role = next((r for r in ROLES if name in groups.get(r, set())), None)
+        kubernetes = next((what for group, what in KUBERNETES.items() if name in groups.get(group, set())), "")
+        role = next((r for r in ROLES if name in groups.get(r, set())), "app" if kubernetes else None)
         try:
-            node = Node(name, values["region"], IPv4Address(values["ansible_host"]), values["zone"], role or "")
+            address = IPv4Address(values["ansible_host"])
+            node = Node(name, values["region"], address, values["zone"], role or "", kubernetes)
         except (KeyError, AddressValueError) as error:
             raise TopologyError(
                 f"host {name} of the inventory needs region, zone and ansible_host: {error!r}"
@@ -151,16 +162,25 @@ def check(topology: Topology) -> None:
         if not site.network.subnet_of(topology.supernet):
             raise TopologyError(f"{site.name}'s network {site.network} is not inside {topology.supernet}")
         taken[site.router] = f"the router of {site.name}"
+        for other in topology.sites:
+            # A Service address that is also a machine's, or another cluster's, would be answered by a stranger.
+            strange = [other.network, topology.supernet, *([other.services] if other.services != site.services else [])]
+            if site.services and any(site.services.overlaps(network) for network in strange if network):
+                raise TopologyError(f"{site.name}'s range of Service addresses {site.services} is not its alone")
     for name, where, address in [(n.name, n.site, n.address) for n in topology.nodes] + [
         (c.name, c.site, c.address) for c in topology.clients
     ]:
-        if address not in topology.site(where).network:
-            raise TopologyError(
-                f"{name}'s address {address} is not in {where}'s network {topology.site(where).network}"
-            )
+        site = topology.site(where)
+        if address not in site.network:
+            raise TopologyError(f"{name}'s address {address} is not in {where}'s network {site.network}")
         if address in taken:
             raise TopologyError(f"{name} and {taken[address]} both have the address {address}")
         taken[address] = name
+    for node in topology.nodes:
+        if node.kubernetes and topology.site(node.site).services is None:
+            raise TopologyError(
+                f"{node.name} is a Kubernetes node, but lab_networks has no services range of {node.site}"
+            )
 
 
 def load(inventory: Path) -> Topology:

@@ -16,8 +16,10 @@ from lab import lock, machine, nodes, topology
 from lab.cli import EXIT_BUSY, EXIT_FAILED, Refusal
 from lab.paths import REPO, STATE
 
+PROFILES = {"": "lab", "small": "lab-small", "ha": "lab-ha"}
 PLAYBOOKS = REPO / "lab" / "playbooks"
-INVENTORIES = {False: REPO / "inventories" / "lab", True: REPO / "inventories" / "lab-small"}
+#: The inventories that ship, by the option of `up` that takes them.
+INVENTORIES = {profile: REPO / "inventories" / name for profile, name in PROFILES.items()}
 #: Which inventory the lab was made from.
 RECORD = STATE / "lab.json"
 LOCK = Path("/run/lock/censuschat-lab.lock")
@@ -82,7 +84,7 @@ def play(verb: str, inventory: Path, held: int | None = None, **variables: str |
 
 
 def up(arguments: argparse.Namespace) -> int:
-    inventory = INVENTORIES[arguments.small]
+    inventory = INVENTORIES[arguments.profile]
     lab = read(inventory)
     there = recorded() if os.geteuid() == 0 else None
     if there is not None and there != inventory:
@@ -111,7 +113,7 @@ def down(arguments: argparse.Namespace) -> int:
     need_root()
     # An `up` that was killed may still be making an image; nothing of it may come after the removal.
     with alone(patience=300) as held:
-        code = play("down", INVENTORIES[False], held, lab_images=arguments.images)
+        code = play("down", INVENTORIES[""], held, lab_images=arguments.images)
         if code == 0:
             images = "its images too" if arguments.images else "its images stay cached (--images removes them)"
             print(f"the lab is gone; {images}")

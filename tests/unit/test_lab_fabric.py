@@ -36,6 +36,9 @@ def test_a_bare_machine_gets_every_namespace_link_and_address() -> None:
         assert f"addr add {node.address}/24 dev eth0" in said
     assert f"ip link add {UPLINK} type veth peer name operator netns {ROUTER}" in said
     assert said.count("route replace 10.77.0.0/16 via 10.77.1.1") == 7  # six nodes and the region's client
+    # The Services of a region, on its three Kubernetes nodes only, so that what kube-proxy does not know is refused.
+    assert said.count("route replace 10.79.0.0/20 via 10.77.1.1") == 3
+    assert said.count("route replace 10.79.16.0/20 via 10.77.2.1") == 3
     assert not [line for line in said if "default" in line and line.startswith("route")]
 
 
@@ -86,6 +89,20 @@ def test_of_the_machine_only_its_own_link_and_route_are_touched() -> None:
             id="a wrong address is put right",
         ),
         pytest.param(
+            "censuslab-use1-app1",
+            replace(
+                UP.spaces["censuslab-use1-app1"],
+                links={
+                    "lo": Link(up=True),
+                    "eth0": Link(frozenset({"10.77.1.11/24", "10.77.1.100/32"}), True),
+                    "cni0": Link(frozenset({"10.78.0.1/24"}), True),
+                },
+                routes=UP.spaces["censuslab-use1-app1"].routes | {("10.78.1.0/24", "10.77.1.12")},
+            ),
+            [],
+            id="a floating address, a bridge of pods and the routes to others stay",
+        ),
+        pytest.param(
             ROUTER,
             replace(
                 UP.spaces[ROUTER],
@@ -102,8 +119,9 @@ def test_of_the_machine_only_its_own_link_and_route_are_touched() -> None:
             ROUTER,
             replace(UP.spaces[ROUTER], forwarding=False),
             [
-                f"ip netns exec {ROUTER} sysctl -q -w net.ipv4.ip_forward=1 net.ipv6.conf.all.disable_ipv6=1"
-                " net.ipv6.conf.default.disable_ipv6=1"
+                f"ip netns exec {ROUTER} sysctl -e -q -w net.ipv4.ip_forward=1 net.ipv6.conf.all.disable_ipv6=1"
+                " net.ipv6.conf.default.disable_ipv6=1 net.ipv4.icmp_ratelimit=0"
+                " net.bridge.bridge-nf-call-iptables=0"
             ],
             id="the router forwards again",
         ),

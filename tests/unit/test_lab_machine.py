@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,31 +57,85 @@ def test_a_lab_that_is_there_already_is_not_asked_for_its_memory_again() -> None
     assert machine.problems(replace(FIT, root=False), LAB, resuming=True)
 
 
+LEAST = machine.Setting("fs.inotify.max_user_instances", 1024, least=True)
+EXACT = machine.Setting("kernel.panic", 10)
+
+
 @pytest.mark.parametrize(
-    ("current", "remembered", "expected"),
+    ("setting", "current", "remembered", "expected"),
     [
-        (128, None, machine.Limit(set_to=1024, remember=128)),
-        (1024, 128, machine.Limit()),
-        (4096, None, machine.Limit()),
+        (LEAST, 128, None, machine.Limit(set_to=1024, remember=128)),
+        (LEAST, 1024, 128, machine.Limit()),
+        (LEAST, 4096, None, machine.Limit()),
         # Set back by somebody while the lab was up: raised again, and the first value stays the one to put back.
-        (128, 64, machine.Limit(set_to=1024)),
+        (LEAST, 128, 64, machine.Limit(set_to=1024)),
+        # A kubelet takes this value only, a higher one as little as a lower.
+        (EXACT, 10, None, machine.Limit()),
+        (EXACT, 60, None, machine.Limit(set_to=10, remember=60)),
+        (EXACT, 0, None, machine.Limit(set_to=10, remember=0)),
     ],
 )
-def test_raising_a_limit(current: int, remembered: int | None, expected: machine.Limit) -> None:
-    assert machine.plan_raise(current, remembered, 1024) == expected
+def test_changing_a_setting(
+    setting: machine.Setting, current: int, remembered: int | None, expected: machine.Limit
+) -> None:
+    assert machine.plan_raise(setting, current, remembered) == expected
 
 
 @pytest.mark.parametrize(
-    ("current", "remembered", "expected"),
+    ("setting", "current", "remembered", "expected"),
     [
-        (1024, 128, machine.Limit(set_to=128, forget=True)),
-        (1024, None, machine.Limit()),
+        (LEAST, 1024, 128, machine.Limit(set_to=128, forget=True)),
+        (LEAST, 1024, None, machine.Limit()),
+        (EXACT, 10, 0, machine.Limit(set_to=0, forget=True)),
         # Somebody else set it since: theirs stays.
-        (8192, 128, machine.Limit(forget=True)),
+        (LEAST, 8192, 128, machine.Limit(forget=True)),
     ],
 )
-def test_putting_a_limit_back(current: int, remembered: int | None, expected: machine.Limit) -> None:
-    assert machine.plan_restore(current, remembered, 1024) == expected
+def test_putting_a_setting_back(
+    setting: machine.Setting, current: int, remembered: int | None, expected: machine.Limit
+) -> None:
+    assert machine.plan_restore(setting, current, remembered) == expected
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
+    """A kernel of files: the two settings, as a machine has them before the lab."""
+    files = {LEAST.name: tmp_path / "inotify", EXACT.name: tmp_path / "panic"}
+    files[LEAST.name].write_text("128\n")
+    files[EXACT.name].write_text("1\n")
+    monkeypatch.setattr(machine, "_setting_file", lambda setting: files[setting.name])
+    return files
+
+
+def plans(plan: Callable[..., machine.Limit], state: Path) -> dict[machine.Setting, machine.Limit]:
+    found = machine.remembered(state)
+    return {setting: plan(setting, machine.current(setting), found.get(setting.name)) for setting in (LEAST, EXACT)}
+
+
+def test_settings_are_changed_and_each_put_back_to_what_it_was(kernel: dict[str, Path], tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    for _ in range(2):
+        machine.apply_limits(plans(machine.plan_raise, state), state)
+        assert [file.read_text() for file in kernel.values()] == ["1024", "10"]
+        assert machine.remembered(state) == {LEAST.name: 128, EXACT.name: 1}
+    machine.apply_limits(plans(machine.plan_restore, state), state)
+    assert [file.read_text() for file in kernel.values()] == ["128", "1"]
+    assert list(state.iterdir()) == []
+
+
+def test_a_setting_that_cannot_be_set_is_named_and_what_was_set_is_remembered(
+    kernel: dict[str, Path], tmp_path: Path
+) -> None:
+    kernel[EXACT.name] = tmp_path
+    with pytest.raises(RuntimeError, match=r"kernel\.panic of the machine cannot be set to 10: Is a directory"):
+        machine.apply_limits({EXACT: machine.Limit(10, 1), LEAST: machine.Limit(1024, 128)}, tmp_path)
+    assert machine.remembered(tmp_path) == {EXACT.name: 1, LEAST.name: 128}
+
+
+def test_a_module_that_the_kernel_does_not_have_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MODULES", {"here": "/proc/self", "gone": "/proc/none", "nosuchfs": "nosuchfs"})
+    assert machine.missing_modules() == ("gone", "nosuchfs")
 
 
 @pytest.mark.parametrize(
@@ -165,9 +220,18 @@ def test_how_a_node_starts(hybrid: bool, mode: str) -> None:
     assert how["network"] == ["ns:/run/netns/censuslab-use1-app1"]
     assert how["label"] == {"censuschat.lab": "true"}
     paths = [volume.split(":")[1] for volume in how["volume"]]
-    # A kubelet must be able to run here later.
-    assert {"/var/lib/kubelet", "/var/lib/containerd", "/var/lib/etcd"} < set(paths)
+    # A kubelet runs here.
+    assert {"/var/lib/kubelet", "/var/lib/containerd", "/var/lib/etcd", "/opt/kubernetes"} < set(paths)
     assert how["volume"][0].endswith(":ro")
+
+
+def test_a_kubernetes_node_gets_the_programs_read_only_and_others_do_not() -> None:
+    def programs(name: str) -> list[str]:
+        made = nodes.container(LAB.node(name), "image:1", True, 20000)["volume"]
+        return [volume for volume in made if "/opt/kubernetes" in volume]
+
+    assert programs("use1-app2") == [f"{nodes.programs()}:/opt/kubernetes:ro"]
+    assert programs("use1-db1") == programs("witness1") == []
 
 
 def test_known_hosts_pins_every_node_by_address_and_name() -> None:

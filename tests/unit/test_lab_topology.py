@@ -18,7 +18,7 @@ NETWORKS: dict[str, Any] = yaml.safe_load((REPO / "inventories/lab/group_vars/al
 ]
 
 
-@pytest.mark.parametrize(("inventory", "app", "db"), [("lab", 6, 6), ("lab-small", 2, 4)])
+@pytest.mark.parametrize(("inventory", "app", "db"), [("lab", 6, 6), ("lab-small", 2, 4), ("lab-ha", 9, 6)])
 def test_the_shipped_inventories(inventory: str, app: int, db: int) -> None:
     lab = topology.load(REPO / "inventories" / inventory)
     roles = [node.role for node in lab.nodes]
@@ -28,7 +28,32 @@ def test_the_shipped_inventories(inventory: str, app: int, db: int) -> None:
         assert node.zone.startswith(node.site)
 
 
-@pytest.mark.parametrize("inventory", ["lab", "lab-small"])
+@pytest.mark.parametrize(
+    ("inventory", "planes", "workers", "balancers"),
+    [
+        ("lab", ["use1-app1", "usw2-app1"], ["use1-app2", "use1-app3", "usw2-app2", "usw2-app3"], []),
+        ("lab-small", ["use1-app1", "usw2-app1"], [], []),
+        (
+            "lab-ha",
+            ["use1-cp1", "use1-cp2", "use1-cp3", "usw2-app1"],
+            ["use1-app1", "use1-app2", "use1-app3", "usw2-app2", "usw2-app3"],
+            ["use1-cp1", "use1-cp2", "use1-cp3"],
+        ),
+    ],
+)
+def test_the_clusters_of_the_shipped_inventories(
+    inventory: str, planes: list[str], workers: list[str], balancers: list[str]
+) -> None:
+    lab = topology.load(REPO / "inventories" / inventory)
+    assert [node.name for node in lab.nodes if node.kubernetes == "control-plane"] == planes
+    assert [node.name for node in lab.nodes if node.kubernetes == "worker"] == workers
+    assert {node.role for node in lab.nodes if node.kubernetes} == {"app"}
+    groups = yaml.safe_load((REPO / "inventories" / inventory / "hosts.yml").read_text())["all"]["children"]
+    assert list(groups["kube_load_balancer"]["hosts"]) == balancers
+    assert set(groups["kubernetes"]["children"]) == {"kube_control_plane", "kube_node"}
+
+
+@pytest.mark.parametrize("inventory", ["lab", "lab-small", "lab-ha"])
 def test_every_consensus_group_has_three_members_and_the_lease_one_at_each_site(inventory: str) -> None:
     groups = yaml.safe_load((REPO / "inventories" / inventory / "hosts.yml").read_text())["all"]["children"]
     lab = topology.load(REPO / "inventories" / inventory)
@@ -72,6 +97,23 @@ def test_networks_outside_the_supernet_are_refused() -> None:
     networks = {**NETWORKS, "supernet": "10.99.0.0/16"}
     with pytest.raises(topology.TopologyError, match=r"is not inside 10\.99\.0\.0/16"):
         topology.parse(HOSTS, networks)
+
+
+@pytest.mark.parametrize(
+    ("services", "reason"),
+    [
+        ({"us-east-1": "10.79.0.0/20", "us-west-2": "10.79.0.0/16"}, "range of Service addresses .* is not its alone"),
+        ({"us-east-1": "10.77.8.0/24", "us-west-2": "10.79.16.0/20"}, "addresses 10.77.8.0/24 is not its alone"),
+        (
+            {"us-east-1": "10.79.0.0/20"},
+            "usw2-app1 is a Kubernetes node, but lab_networks has no services range of us-w",
+        ),
+    ],
+    ids=["two clusters", "the nodes' own", "none"],
+)
+def test_service_ranges_that_a_stranger_could_answer_are_refused(services: dict[str, str], reason: str) -> None:
+    with pytest.raises(topology.TopologyError, match=reason):
+        topology.parse(HOSTS, {**NETWORKS, "services": services})
 
 
 def test_a_missing_inventory_is_one_sentence(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # Ansible has no type
         self._done.append(result.host.get_name())
         for action in result.result.get("actions", []) if result.host.get_name() == "localhost" else []:
             # What is done to the machine itself is always said.
-            if action.startswith(("install ", "raise ", "put ")):
+            if action.startswith(("install ", "load ", "set ", "put ")):
                 self._say(f"    {action}")
 
     def v2_runner_item_on_ok(self, result: Any) -> None:

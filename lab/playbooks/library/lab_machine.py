@@ -11,9 +11,10 @@ version_added: 0.1.0
 author:
   - CensusChat platform team (@censuschat)
 description:
-  - Installs the Debian packages that are missing, without starting their services, raises the limit of inotify
-    instances for the lab's life and writes podman's engine settings for this machine.
-  - With O(state=absent) the limit is put back and the lab's state directory removed; packages stay.
+  - Installs the Debian packages that are missing, without starting their services, loads the kernel modules and changes
+    the kernel settings that Kubernetes nodes need and cannot set themselves, for the lab's life, and writes podman's
+    engine settings for this machine.
+  - With O(state=absent) the settings are put back and the lab's state directory removed; packages and modules stay.
 attributes:
   check_mode:
     support: full
@@ -70,14 +71,18 @@ from lab.paths import STATE
 
 def put_back(module: AnsibleModule) -> dict[str, Any]:
     actions = []
-    name, wanted = machine.INOTIFY
-    limit = machine.plan_restore(machine.current_limit(), machine.remembered().get(name), wanted)
-    if limit.set_to is not None:
-        actions.append(f"put {name} back to {limit.set_to}")
+    found = machine.remembered()
+    limits = {
+        setting: machine.plan_restore(setting, machine.current(setting), found.get(setting.name))
+        for setting in machine.SETTINGS
+    }
+    for setting, limit in limits.items():
+        if limit.set_to is not None:
+            actions.append(f"put {setting.name} back to {limit.set_to}")
     if STATE.exists():
         actions.append(f"remove {STATE}")
     if not module.check_mode:
-        machine.apply_limit(limit)
+        machine.apply_limits(limits)
         if STATE.exists():
             shutil.rmtree(STATE)
     return {"actions": actions}
@@ -85,14 +90,20 @@ def put_back(module: AnsibleModule) -> dict[str, Any]:
 
 def prepare(module: AnsibleModule) -> dict[str, Any]:
     actions = []
-    name, wanted = machine.INOTIFY
     lab = described(module)
     facts = machine.observe(lab)
     if facts.missing:
         actions.append(f"install {', '.join(facts.missing)}")
-    limit = machine.plan_raise(machine.current_limit(), machine.remembered().get(name), wanted)
-    if limit.set_to is not None:
-        actions.append(f"raise {name} from {machine.current_limit()} to {wanted} for the lab's life")
+    modules = machine.missing_modules()
+    actions += [f"load the kernel module {module}" for module in modules]
+    found = machine.remembered()
+    limits = {
+        setting: machine.plan_raise(setting, machine.current(setting), found.get(setting.name))
+        for setting in machine.SETTINGS
+    }
+    for setting, limit in limits.items():
+        if limit.set_to is not None:
+            actions.append(f"set {setting.name} from {machine.current(setting)} to {limit.set_to} for the lab's life")
     if not module.check_mode:
         STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
         STATE.chmod(0o700)
@@ -101,7 +112,8 @@ def prepare(module: AnsibleModule) -> dict[str, Any]:
         if facts.missing:
             machine.install(facts.missing, STATE / "log" / "install.log")
             facts = machine.observe(lab)
-        machine.apply_limit(limit)
+        machine.load(modules)
+        machine.apply_limits(limits)
         if nodes.write(machine.PODMAN_SETTINGS, machine.podman_settings(facts)):
             actions.append("write podman's settings for this machine")
     return {"actions": actions, "hybrid_cgroups": facts.hybrid_cgroups, "files": machine.files_limit()}
