@@ -1,0 +1,190 @@
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""The static pods of a control plane: their processes, whether they serve, and how they are restarted or held back.
+
+A restart is a SIGTERM to the process: the kubelet starts the container again at once, and whenever the job dies in
+between there is nothing to put back. Holding back moves the manifest out of the kubelet's sight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import signal
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .common import UpkeepError, run
+
+MANIFESTS = Path("/etc/kubernetes/manifests")
+PKI = Path("/etc/kubernetes/pki")
+APISERVER, ETCD = "kube-apiserver", "etcd"
+# etcd first: the API server needs it; the others need the API server.
+COMPONENTS = (ETCD, APISERVER, "kube-controller-manager", "kube-scheduler")
+_POLL_S = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A running component. started: unix seconds, from the kernel's monotonic stamp."""
+
+    pid: int
+    started: float
+    argv: tuple[str, ...]
+
+    def flag(self, name: str, default: str = "") -> str:
+        """The value of `--name=value` on its command line."""
+        for word in self.argv:
+            if word.startswith(f"--{name}="):
+                return word.partition("=")[2]
+        return default
+
+
+def find(component: str, proc: Path = Path("/proc")) -> Process | None:
+    """The component's process on this node, None when there is none.
+
+    Static pods share the host's network, so a program of the same name inside some other pod is not taken for it.
+    """
+    try:
+        network = os.readlink(proc / "1/ns/net")
+    except OSError:
+        network = ""
+    for entry in proc.glob("[0-9]*"):
+        try:
+            argv = tuple((entry / "cmdline").read_text(encoding="utf-8", errors="replace").rstrip("\0").split("\0"))
+            if argv[0].rpartition("/")[2] != component or os.readlink(entry / "ns/net") != network:
+                continue
+            ticks = int((entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+            if not _of_a_pod(entry):
+                continue
+        except (OSError, ValueError, IndexError):
+            continue
+        uptime = float((proc / "uptime").read_text(encoding="utf-8").split()[0])
+        age = uptime - ticks / os.sysconf("SC_CLK_TCK")
+        return Process(int(entry.name), time.time() - age, argv)
+    return None
+
+
+def _of_a_pod(entry: Path) -> bool:
+    """Whether the kubelet runs it; an etcd of another service runs under its own unit."""
+    return "kubepods" in (entry / "cgroup").read_text(encoding="utf-8")
+
+
+def wait_for(what: Callable[[], bool], budget_s: float) -> bool:
+    """Ask `what` until it is true or the time is over; whether it became true."""
+    deadline = time.monotonic() + budget_s
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def restart(component: str, budget_s: float) -> None:
+    """Have the kubelet start the component's container again; returns when another process runs."""
+    old = find(component)
+    if old is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(old.pid, signal.SIGTERM)
+
+    def replaced() -> bool:
+        new = find(component)
+        return new is not None and (old is None or new.pid != old.pid)
+
+    if not wait_for(replaced, budget_s):
+        raise UpkeepError(
+            f"the kubelet did not start {component} again within {budget_s:.0f} s: look at `journalctl -u kubelet` and "
+            f"/var/log/pods/kube-system_{component}-*"
+        )
+
+
+def hold_back(components: Sequence[str], aside: Path, budget_s: float) -> None:
+    """Move the manifests to `aside` and wait until the processes are gone. Done twice it does nothing."""
+    aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for component in components:
+        manifest = MANIFESTS / f"{component}.yaml"
+        if manifest.is_file():
+            manifest.replace(aside / manifest.name)
+    left = list(components)
+
+    def gone() -> bool:
+        left[:] = [c for c in components if find(c) is not None]
+        return not left
+
+    if not wait_for(gone, budget_s):
+        raise UpkeepError(
+            f"{', '.join(left)} still run {budget_s:.0f} s after their manifests went: is the kubelet running?"
+        )
+
+
+def let_run(components: Sequence[str], aside: Path) -> None:
+    """Put manifests back that were held back."""
+    for component in components:
+        kept = aside / f"{component}.yaml"
+        if kept.is_file():
+            kept.replace(MANIFESTS / kept.name)
+
+
+def api_ready(address: str, port: int = 6443, ca: Path = PKI / "ca.crt", timeout_s: float = 3.0) -> str:
+    """Why the API server there is not ready; empty when it is."""
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        connection = http.client.HTTPSConnection(address, port, timeout=timeout_s, context=context)
+        with contextlib.closing(connection):
+            connection.request("GET", "/readyz")
+            answer = connection.getresponse()
+            answer.read()
+            return "" if answer.status == 200 else f"/readyz answers {answer.status}"
+    except (OSError, http.client.HTTPException) as error:
+        return str(error)
+
+
+def etcdctl(*words: str, endpoints: str = "https://127.0.0.1:2379") -> list[str]:
+    """An etcdctl command line with the certificates that kubeadm gives a member for health checks."""
+    pki = PKI / "etcd"
+    files = ["--cacert", f"{pki}/ca.crt", "--cert", f"{pki}/healthcheck-client.crt"]
+    return ["etcdctl", "--endpoints", endpoints, *files, "--key", f"{pki}/healthcheck-client.key", *words]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A member as the cluster knows it; ids are etcd's. A member that was added and never started has no name."""
+
+    id: int
+    name: str
+    peer_urls: tuple[str, ...]
+    client_urls: tuple[str, ...]
+    learner: bool = False
+
+
+def members(endpoints: str = "https://127.0.0.1:2379") -> list[Member]:
+    """The cluster's members; UpkeepError when no quorum answers."""
+    done = run(etcdctl("member", "list", "-w", "json", endpoints=endpoints), timeout_s=15.0)
+    if done.code != 0:
+        raise UpkeepError(f"the members of etcd cannot be listed at {endpoints}: {done.said}")
+    return [
+        Member(
+            id=int(m["ID"]),
+            name=m.get("name", ""),
+            peer_urls=tuple(m.get("peerURLs") or ()),
+            client_urls=tuple(m.get("clientURLs") or ()),
+            learner=bool(m.get("isLearner")),
+        )
+        for m in json.loads(done.out)["members"]
+    ]
+
+
+def healthy(endpoints: Sequence[str]) -> dict[str, bool]:
+    """Which of the members' client URLs answer a read that needs the quorum."""
+    if not endpoints:
+        return {}
+    words = etcdctl("endpoint", "health", "--command-timeout=4s", "-w", "json", endpoints=",".join(endpoints))
+    done = run(words, timeout_s=20.0)
+    found = dict.fromkeys(endpoints, False)
+    with contextlib.suppress(ValueError, TypeError):
+        found.update({entry["endpoint"]: bool(entry["health"]) for entry in json.loads(done.out)})
+    return found
