@@ -18,12 +18,14 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network
 
 from lab.paths import PREFIX
-from lab.topology import Topology
+from lab.topology import Site, Topology
 
 ROUTER = f"{PREFIX}fabric"
 IN_ROUTER = ("ip", "netns", "exec", ROUTER)
 UPLINK = "censuslab0"
 TABLE = "censuslab"
+#: Loopback and multicast: never forwarded.
+NOT_ROUTED = "127.0.0.0/8, 224.0.0.0/4"
 #: The router's own kernel settings.
 KERNEL = (
     "net.ipv4.ip_forward=1",
@@ -52,11 +54,12 @@ class Link:
 
 @dataclass(frozen=True)
 class Space:
-    """A network namespace: its links by name, its routes as (destination, gateway)."""
+    """A network namespace: its links by name, its routes as (destination, gateway), the mark of a node's fence."""
 
     links: dict[str, Link] = field(default_factory=dict)
     routes: frozenset[tuple[str, str]] = frozenset()
     forwarding: bool = False
+    fence: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,13 @@ def desired(topology: Topology) -> dict[str, Space]:
         site = topology.site(at)
         routes = {(supernet, str(site.router))}
         if kubernetes and site.services:
-            # A process of the node must find a route before kube-proxy gives its packet another destination. What
-            # kube-proxy does not know ends at the router, which has no route for it and says so.
+            # A process of the node must find a route before kube-proxy gives its packet another destination.
             routes.add((str(site.services), str(site.router)))
         router_links[port_of(name)] = Link(up=True, master=site.bridge)
         spaces[space_of(name)] = Space(
             {"lo": Link(up=True), "eth0": Link(frozenset({f"{address}/{site.network.prefixlen}"}), True)},
             frozenset(routes),
+            fence=mark(fence(topology, site)) if kubernetes else "",
         )
     spaces[ROUTER] = Space(router_links, forwarding=True)
     spaces[MACHINE] = Space(
@@ -139,7 +142,7 @@ def ruleset(topology: Topology) -> str:
   counter left {{ }}
   chain arrive {{
     type filter hook prerouting priority filter; policy accept;
-    ip daddr != {{ {supernet}, 127.0.0.0/8, 224.0.0.0/4 }} counter name outside
+    ip daddr != {{ {supernet}, {NOT_ROUTED} }} counter name outside
   }}
   chain leave {{
     type filter hook postrouting priority filter; policy accept;
@@ -170,6 +173,39 @@ def ruleset(topology: Topology) -> str:
 """
 
 
+def fence(topology: Topology, site: Site) -> str:
+    """The packet filter of a Kubernetes node, for its own packets and its pods'; there before its first component.
+
+    It looks at destinations after kube-proxy has replaced those that it knows, and before kube-proxy would drop the
+    other Service addresses without a word. So a Service address that nobody has taken over is refused as a closed port
+    is (`unprogrammed` counts them), and an address that is not the lab's is refused even where somebody has planted a
+    default route (`outside`). Should a pod with all privileges remove the table, the router still refuses.
+    """
+    lab = f"{topology.supernet}, {site.pods}, {NOT_ROUTED}"
+    return f"""
+  counter unprogrammed {{ }}
+  counter outside {{ }}
+  chain stay {{
+    ip daddr {site.services} counter name unprogrammed reject
+    ip daddr != {{ {lab} }} counter name outside reject with icmpx admin-prohibited
+  }}
+  chain output {{
+    type filter hook output priority filter - 1; policy accept;
+    jump stay
+  }}
+  chain forward {{
+    type filter hook forward priority filter - 1; policy accept;
+    jump stay
+  }}
+"""
+
+
+def load(rules: str, *elements: str) -> str:
+    """The text for nft that replaces the lab's table of a namespace, whole and at once."""
+    fresh = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
+    return f'{fresh}table inet {TABLE} {{\n  comment "{mark(rules)}"\n{rules}}}\n{"".join(elements)}'
+
+
 def mark(rules: str) -> str:
     """Names a ruleset, so that one look tells whether it is the loaded one."""
     return hashlib.sha256(rules.encode()).hexdigest()[:16]
@@ -189,10 +225,17 @@ def plan(topology: Topology, observed: Fabric, cut: Iterable[str] | None = None)
     rules = ruleset(topology)
     if observed.rules != mark(rules):
         # The filter comes before the first link: there is no moment in which the fabric forwards unfiltered.
-        keep = "".join(f"add element inet {TABLE} cut {{ {network} }}\n" for network in sorted(observed.cut))
-        fresh = f"table inet {TABLE}\ndelete table inet {TABLE}\n"
-        text = f'{fresh}table inet {TABLE} {{\n  comment "{mark(rules)}"\n{rules}}}\n{keep}'
-        actions.append(Action("packet filter", (*IN_ROUTER, "nft", "-f", "-"), text))
+        keep = [f"add element inet {TABLE} cut {{ {network} }}\n" for network in sorted(observed.cut)]
+        actions.append(Action("packet filter", (*IN_ROUTER, "nft", "-f", "-"), load(rules, *keep)))
+    for node in topology.nodes:
+        name = space_of(node.name)
+        if want[name].fence != observed.spaces.get(name, Space()).fence and want[name].fence:
+            inside = ("ip", "netns", "exec", name)
+            text = load(fence(topology, topology.site(node.site)))
+            actions.append(Action(f"fence of {node.name}", (*inside, "nft", "-f", "-"), text))
+            # As the router: every refusal is said, not one a second.
+            quick = "net.ipv4.icmp_ratelimit=0"
+            actions.append(Action(f"refusals of {node.name}", (*inside, "sysctl", "-q", "-w", quick)))
     if cut is not None:
         actions += plan_cut(topology, observed.cut, cut)
 
@@ -291,15 +334,22 @@ def observe(links: bool = True) -> Fabric:
         spaces[name] = _observe_space(name) if links else Space()
     rules, cut = "", frozenset[str]()
     if ROUTER in names:
-        command = (*IN_ROUTER, "nft", "-s", "list", "table", "inet", TABLE)
-        # Without the table (an `up` that was interrupted right here) it says nothing, which is the truth.
-        listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        found = re.search(r'^\tcomment "([0-9a-f]+)"$', listed, re.MULTILINE)
-        rules = found.group(1) if found else ""
+        rules, listed = _observe_rules(ROUTER)
         elements = re.search(r"set cut \{.*?elements = \{(.*?)\}", listed, re.DOTALL)
         if elements:
             cut = frozenset(str(IPv4Network(item.strip())) for item in elements.group(1).split(",") if item.strip())
     return Fabric(spaces, rules, cut)
+
+
+def _observe_rules(name: str) -> tuple[str, str]:
+    """The mark of the lab's table in a namespace, and the table; both empty when it is not there.
+
+    An `up` that was interrupted right before leaves none, which is not a failure.
+    """
+    command = ("ip", "netns", "exec", name, "nft", "-s", "list", "table", "inet", TABLE)
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r'^\tcomment "([0-9a-f]+)"$', listed, re.MULTILINE)
+    return (found.group(1) if found else ""), listed
 
 
 def _observe_space(name: str) -> Space:
@@ -319,7 +369,8 @@ def _observe_space(name: str) -> Space:
     forwarding = False
     if name == ROUTER:
         forwarding = run(("ip", "netns", "exec", name, "sysctl", "-n", "net.ipv4.ip_forward")).strip() == "1"
-    return Space(links, routes, forwarding)
+    fenced = _observe_rules(name)[0] if name not in (ROUTER, MACHINE) else ""
+    return Space(links, routes, forwarding, fenced)
 
 
 def apply(actions: Iterable[Action]) -> None:

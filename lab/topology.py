@@ -19,11 +19,12 @@ class TopologyError(ValueError):
 class Site:
     """A network of the lab. Its router is the network's first address.
 
-    `services`: the range of its cluster's Service addresses; None where there is no cluster.
+    `pods` and `services`: the ranges of its cluster's pods and Service addresses; None where there is no cluster.
     """
 
     name: str
     network: IPv4Network
+    pods: IPv4Network | None = None
     services: IPv4Network | None = None
 
     @property
@@ -127,8 +128,13 @@ def parse(hosts: Mapping[str, Any], networks: Mapping[str, Any]) -> Topology:
             IPv4Address(networks["operator"]["address"]),
             int(networks["operator"]["packages_port"]),
         )
-        services = {name: IPv4Network(cidr) for name, cidr in networks["services"].items()}
-        sites = tuple(Site(name, IPv4Network(cidr), services.get(name)) for name, cidr in networks["sites"].items())
+        pods, services = (
+            {name: IPv4Network(cidr) for name, cidr in networks[kind].items()} for kind in ("pods", "services")
+        )
+        sites = tuple(
+            Site(name, IPv4Network(cidr), pods.get(name), services.get(name))
+            for name, cidr in networks["sites"].items()
+        )
         clients = tuple(Client(site, IPv4Address(address)) for site, address in networks["clients"].items())
     except (KeyError, AddressValueError, ValueError, TypeError) as error:
         raise TopologyError(f"lab_networks in group_vars/all/main.yml is not usable: {error!r}") from error
@@ -162,11 +168,6 @@ def check(topology: Topology) -> None:
         if not site.network.subnet_of(topology.supernet):
             raise TopologyError(f"{site.name}'s network {site.network} is not inside {topology.supernet}")
         taken[site.router] = f"the router of {site.name}"
-        for other in topology.sites:
-            # A Service address that is also a machine's, or another cluster's, would be answered by a stranger.
-            strange = [other.network, topology.supernet, *([other.services] if other.services != site.services else [])]
-            if site.services and any(site.services.overlaps(network) for network in strange if network):
-                raise TopologyError(f"{site.name}'s range of Service addresses {site.services} is not its alone")
     for name, where, address in [(n.name, n.site, n.address) for n in topology.nodes] + [
         (c.name, c.site, c.address) for c in topology.clients
     ]:
@@ -177,10 +178,23 @@ def check(topology: Topology) -> None:
             raise TopologyError(f"{name} and {taken[address]} both have the address {address}")
         taken[address] = name
     for node in topology.nodes:
-        if node.kubernetes and topology.site(node.site).services is None:
+        site = topology.site(node.site)
+        if node.kubernetes and not (site.pods and site.services):
             raise TopologyError(
-                f"{node.name} is a Kubernetes node, but lab_networks has no services range of {node.site}"
+                f"{node.name} is a Kubernetes node, but lab_networks has no pods or services of {site.name}"
             )
+    taken_ranges = [(topology.supernet, "the nodes")]
+    for site in topology.sites:
+        for network, whose in (
+            (site.pods, f"the pods of {site.name}"),
+            (site.services, f"the Services of {site.name}"),
+        ):
+            # An address that is also another's would be answered by a stranger.
+            for other, owner in taken_ranges:
+                if network and network.overlaps(other):
+                    raise TopologyError(f"{whose} have addresses of {owner}: {network} overlaps {other}")
+            if network:
+                taken_ranges.append((network, whose))
 
 
 def load(inventory: Path) -> Topology:

@@ -93,6 +93,7 @@ def up(arguments: argparse.Namespace) -> int:
     found = machine.problems(machine.observe(lab), lab, resuming=there is not None)
     if found:
         raise Refusal(" ".join(found))
+    prepare_programs()
     with alone() as held:
         began = time.monotonic()
         STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -107,6 +108,16 @@ def up(arguments: argparse.Namespace) -> int:
                 "the lab is not up; `lab up` resumes once the cause is mended, `lab down` removes it", file=sys.stderr
             )
         return code
+
+
+def prepare_programs() -> None:
+    """Makes the cache hold the programs of the inventories' Kubernetes version, the catalogue's default.
+
+    Minutes when they have to be made, nothing when they are there. Raises Refusal naming the program that is missing.
+    """
+    from lab.programs import command
+
+    command.run(argparse.Namespace(kubernetes="", only="main", source="auto", update=False))
 
 
 def down(arguments: argparse.Namespace) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lab import background, cli, lock, machine, topology, verbs
+from lab import background, cli, lock, machine, programs, topology, verbs
 from lab.paths import REPO
+from lab.programs import command
 
 
 @pytest.fixture
@@ -71,11 +72,51 @@ def test_a_machine_that_does_not_fit_is_left_alone(
 ) -> None:
     poor = machine.Facts(True, "12", (), 100, 50, (), False)
     monkeypatch.setattr(machine, "observe", lambda _: poor)
+    monkeypatch.setattr(verbs, "prepare_programs", lambda: pytest.fail("programs were made for nothing"))
     assert cli.main(["up"]) == cli.EXIT_BAD_INPUT
     said = capsys.readouterr().err
     assert "MiB of free memory, there are 100" in said
     assert said.count("\n") == 1
     assert not (no_lab / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(programs.Unprepared, cli.EXIT_BAD_INPUT), (programs.ProgramsError, cli.EXIT_FAILED)],
+    ids=["cannot be made here", "failed"],
+)
+def test_without_the_programs_of_kubernetes_no_lab_is_begun(
+    no_lab: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failure: type[Exception],
+    code: int,
+) -> None:
+    fit = machine.Facts(True, "12", (), 16000, 50, (), False)
+    monkeypatch.setattr(machine, "observe", lambda _: fit)
+
+    def missing(*_: object) -> None:
+        raise failure("kubelet of Kubernetes 1.35.4 cannot be built: no Go; install it")
+
+    monkeypatch.setattr(command, "prepare", missing)
+    assert cli.main(["up"]) == code
+    assert capsys.readouterr().err == "error: kubelet of Kubernetes 1.35.4 cannot be built: no Go; install it\n"
+    assert not (no_lab / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inventory"), [([], "lab"), (["--small"], "lab-small"), (["--ha"], "lab-ha")], ids=str
+)
+def test_each_profile_has_its_inventory(arguments: list[str], inventory: str) -> None:
+    profile = cli.parser().parse_args(["up", *arguments]).profile
+    assert verbs.INVENTORIES[profile] == REPO / "inventories" / inventory
+
+
+def test_a_lab_is_small_or_ha(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["up", "--small", "--ha"])
+    assert ended.value.code == cli.EXIT_BAD_INPUT
+    assert "not allowed with argument --small" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["down"], ["status"], ["cut", "witness"]], ids=lambda a: a[0])

@@ -49,6 +49,20 @@ def test_the_filter_is_loaded_before_anything_can_be_forwarded() -> None:
     assert "policy drop" in actions[kinds.index("packet filter")].stdin
 
 
+def test_every_kubernetes_node_is_fenced_before_it_has_a_link_and_no_other_is() -> None:
+    actions = fabric.plan(LAB, Fabric({MACHINE: Space()}))
+    kinds = [action.what for action in actions]
+    fenced = [kind.removeprefix("fence of ") for kind in kinds if kind.startswith("fence of ")]
+    assert fenced == [node.name for node in LAB.nodes if node.kubernetes]
+    assert max(kinds.index(f"fence of {name}") for name in fenced) < kinds.index("links")
+
+
+def test_a_fence_refuses_its_own_regions_services_and_all_that_is_not_the_labs() -> None:
+    text = fabric.fence(LAB, LAB.site("us-west-2"))
+    assert "ip daddr 10.79.16.0/20 counter name unprogrammed reject\n" in text
+    assert "ip daddr != { 10.77.0.0/16, 10.78.128.0/17, 127.0.0.0/8, 224.0.0.0/4 } counter name outside reject" in text
+
+
 def test_of_the_machine_only_its_own_link_and_route_are_touched() -> None:
     machine = Space(
         {UPLINK: Link(frozenset({"10.77.0.2/24"}), True), "eth0": Link(frozenset({"192.0.2.2/24"}), True)},
@@ -114,6 +128,16 @@ def test_of_the_machine_only_its_own_link_and_route_are_touched() -> None:
                 "link set use1-db1 up",
             ],
             id="a port that lost its bridge is joined again",
+        ),
+        pytest.param(
+            "censuslab-use1-app2",
+            replace(UP.spaces["censuslab-use1-app2"], fence="0"),
+            [
+                "ip netns exec censuslab-use1-app2 nft -f -",
+                *fabric.load(fabric.fence(LAB, LAB.site("us-east-1"))).splitlines(),
+                "ip netns exec censuslab-use1-app2 sysctl -q -w net.ipv4.icmp_ratelimit=0",
+            ],
+            id="a changed fence is put back",
         ),
         pytest.param(
             ROUTER,

@@ -100,20 +100,25 @@ def test_networks_outside_the_supernet_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("services", "reason"),
+    ("kind", "ranges", "reason"),
     [
-        ({"us-east-1": "10.79.0.0/20", "us-west-2": "10.79.0.0/16"}, "range of Service addresses .* is not its alone"),
-        ({"us-east-1": "10.77.8.0/24", "us-west-2": "10.79.16.0/20"}, "addresses 10.77.8.0/24 is not its alone"),
         (
-            {"us-east-1": "10.79.0.0/20"},
-            "usw2-app1 is a Kubernetes node, but lab_networks has no services range of us-w",
+            "services",
+            {"us-east-1": "10.79.0.0/20", "us-west-2": "10.79.0.0/16"},
+            "the Services of us-west-2 have addresses of the Services of us-east-1: 10.79.0.0/16 overlaps 10.79.0.0/20",
         ),
+        (
+            "pods",
+            {"us-east-1": "10.77.8.0/24", "us-west-2": "10.78.128.0/17"},
+            "the pods of us-east-1 have addresses of the nodes: 10.77.8.0/24 overlaps 10.77.0.0/16",
+        ),
+        ("pods", {"us-east-1": "10.78.0.0/17"}, "usw2-app1 is a Kubernetes node, but lab_networks has no pods or serv"),
     ],
     ids=["two clusters", "the nodes' own", "none"],
 )
-def test_service_ranges_that_a_stranger_could_answer_are_refused(services: dict[str, str], reason: str) -> None:
+def test_ranges_that_a_stranger_could_answer_are_refused(kind: str, ranges: dict[str, str], reason: str) -> None:
     with pytest.raises(topology.TopologyError, match=reason):
-        topology.parse(HOSTS, {**NETWORKS, "services": services})
+        topology.parse(HOSTS, {**NETWORKS, kind: ranges})
 
 
 def test_a_missing_inventory_is_one_sentence(tmp_path: Path) -> None:
