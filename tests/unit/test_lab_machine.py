@@ -276,6 +276,51 @@ def test_what_makes_a_lab_not_up() -> None:
     assert report.missing(replace(state(), services={"aws": 2}, network=False)) == ["packages", "dns", "network"]
 
 
+def member(ready: str, **spec: bool) -> dict[str, object]:
+    return {
+        "status": {"conditions": [{"type": "DiskPressure", "status": "False"}, {"type": "Ready", "status": ready}]},
+        "spec": spec,
+    }
+
+
+@pytest.mark.parametrize(
+    ("cluster", "expected"),
+    [
+        (None, "API silent"),
+        ({}, "not a member"),
+        ({"a": {}}, "NotReady"),
+        ({"a": member("True")}, "Ready"),
+        ({"a": member("Unknown")}, "NotReady"),
+        ({"a": member("True", unschedulable=True)}, "Ready, cordoned"),
+    ],
+)
+def test_what_a_cluster_says_of_a_node(cluster: dict[str, object] | None, expected: str) -> None:
+    assert report.standing("a", cluster) == expected
+
+
+def test_an_api_that_does_not_answer_is_said_and_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "v1.2.3" / "bin" / "kubectl"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\necho 'Unable to connect to the server' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(nodes, "programs", lambda: tmp_path)
+    assert report.members("us-east-1") is None
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    assert report.members("us-east-1", patience=0) is None
+    program.write_text("""#!/bin/sh\necho '{"items": [{"metadata": {"name": "a"}}]}'\n""")
+    assert report.members("us-east-1") == {"a": {"metadata": {"name": "a"}}}
+
+
+def test_the_clusters_are_shown_when_there_are_any() -> None:
+    assert "cluster" not in report.as_table(state())
+    text = report.as_table(state(("use1-app1", {"cluster": "Ready"}), ("usw2-app1", {"cluster": "API silent"})))
+    assert "cluster" in text and "Ready" in text and "API silent" in text
+    # What runs on the nodes does not make the lab less up.
+    assert text.endswith("the lab is up")
+
+
 def test_status_says_the_same_to_programs_and_people() -> None:
     cut = replace(state(("witness1", {"ssh": False, "cut": True})), cut=("witness",))
     assert json.loads(report.as_json(cut))["cut"] == ["witness"]
