@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lab.services import gateway, query, web
 from tests.unit.services_in_memory import Memory, Region, Running
@@ -321,3 +322,11 @@ def test_a_program_without_its_environment_says_what_is_missing(program: str) ->
     )
     assert done.returncode == 1
     assert "cannot start: KeyError('PORT')" in done.stderr
+
+
+def test_the_services_image_is_the_one_of_the_catalogue() -> None:
+    catalogue = yaml.safe_load((REPO / "lab/programs/catalogue.yml").read_text())
+    data = yaml.safe_load((REPO / "inventories/lab/group_vars/all/services.yml").read_text())
+    images = {service["image"] for service in data["kubernetes_platform_services"].values()}
+    for versions in catalogue["versions"].values():
+        assert images == {catalogue["images"]["python"]["name"].format(**versions)}
