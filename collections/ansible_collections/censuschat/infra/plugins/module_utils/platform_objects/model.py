@@ -458,7 +458,7 @@ class _Parser:
         image = reader.text("image", pattern.replace("{service}", name))
         if not image:
             reader.problem("image", "is missing; name it here or give kubernetes_platform_image with {service} in it")
-        if home is not None and kind != home.kind:
+        if home is not None and kind and kind != home.kind:
             reader.problem("kind", f"is {kind}, but {home.name} holds pods of kind {home.kind}")
         port = reader.number("port", low=1, high=65535)
         with reader.reader("replicas") as replicas:

@@ -31,7 +31,8 @@ def findings(platform: Platform) -> list[Finding]:
     for namespace in platform.namespaces:
         inside = [s for s in platform.services if s.namespace == namespace.name]
         if namespace.quota and inside:
-            found += _namespace(namespace, namespace.quota, inside)
+            found += _namespace(platform, namespace, namespace.quota, inside)
+    found += _stages(platform)
     found += _cluster(platform)
     found += _rest(platform)
     return found
@@ -50,25 +51,48 @@ def total(services: list[Service], count: str) -> Amount:
     return amount
 
 
-def _namespace(namespace: Namespace, quota: Amount, inside: list[Service]) -> Iterator[Finding]:
+def _count(pods: int) -> str:
+    return f"{pods} pod{'s' if pods != 1 else ''}"
+
+
+def _namespace(platform: Platform, namespace: Namespace, quota: Amount, inside: list[Service]) -> Iterator[Finding]:
     least, most = total(inside, "minimum"), total(inside, "maximum")
-    pods = sum(s.maximum for s in inside)
+    fewest = sum(s.minimum for s in inside)
     if not most.within(quota):
         free = Amount(quota.cpu - least.cpu, quota.memory - least.memory)
         reach = ", ".join(f"{s.name} {min(s.maximum, s.minimum + fits(free, s.limits))} of {s.maximum}" for s in inside)
         yield Finding(
-            f"{namespace.name}: quota and the autoscalers' maxima",
+            f"{namespace.name}: quota and the most replicas",
             "the quota",
-            f"{pods} pods at most would be limited to {most}; the quota is {quota}. With all others at their minimum a "
-            f"service reaches: {reach}.",
+            f"{_count(sum(s.maximum for s in inside))} would be limited to {most}; the quota is {quota}. With all "
+            f"others at their fewest a service reaches: {reach}.",
         )
-    low = sum(s.minimum * s.limits.cpu for s in inside)
-    yield Finding(
-        f"{namespace.name}: quota and the autoscalers' minima",
-        "the services",
-        f"{sum(s.minimum for s in inside)} pods at least are limited to {least} of {quota}: "
-        f"{quota.cpu - low} millicores are left to scale and to roll out with.",
-    )
+    top = platform.ranges[namespace.kind].high.times(fewest)
+    if not top.within(quota):
+        yield Finding(
+            f"{namespace.name}: quota and the range of kind {namespace.kind}",
+            "the quota",
+            f"The fewest replicas, {_count(fewest)}, with the most that one may have would be limited to {top}; the "
+            f"quota is {quota}. The services' limits are set so that they come to {least}, which leaves "
+            f"{Amount(quota.cpu - least.cpu, quota.memory - least.memory)} to scale and to roll out with.",
+        )
+
+
+def _stages(platform: Platform) -> Iterator[Finding]:
+    """Whether what the first stage runs at least would fit the quotas of the others."""
+    for namespace in platform.namespaces:
+        if namespace.quota is None or namespace.stage in (SYSTEM, platform.stages[0]):
+            continue
+        homes = {n.name for n in platform.namespaces if n.stage == platform.stages[0] and n.tier == namespace.tier}
+        model = [s for s in platform.services if s.namespace in homes]
+        least = total(model, "minimum")
+        if not least.within(namespace.quota):
+            yield Finding(
+                f"{namespace.name}: quota and the fewest replicas",
+                "the quota",
+                f"The {_count(sum(s.minimum for s in model))} that {platform.stages[0]} has at least are limited to "
+                f"{least}; the quota is {namespace.quota}. The stage has replica counts of its own.",
+            )
 
 
 def _cluster(platform: Platform) -> Iterator[Finding]:
@@ -87,6 +111,14 @@ def _cluster(platform: Platform) -> Iterator[Finding]:
             f"All quotas together are {all_quotas}: {needed} nodes of {one} hold them. Beyond those and the system's "
             f"own pods the autoscaler has no reason to go on to {nodes.maximum}.",
         )
+    for kind, allowed in platform.ranges.items():
+        if allowed.high.cpu >= one.cpu or allowed.high.memory >= one.memory:
+            yield Finding(
+                f"range of kind {kind} and the size of a node",
+                "the node",
+                f"A pod may have up to {allowed.high}, a node has {one} and keeps some for itself: no node of that "
+                "size holds the largest pod.",
+            )
     yield Finding(
         "share of spot nodes",
         "the share",
@@ -102,7 +134,7 @@ def _rest(platform: Platform) -> Iterator[Finding]:
             yield Finding(
                 f"range of kind {kind}",
                 "nothing",
-                f"No namespace is drawn for pods of kind {kind}: the smallest pod that the others admit is larger. "
+                f"No namespace is drawn for pods of kind {kind}. "
                 f"Name one with `kind: {kind}` in kubernetes_platform_namespaces where such pods are to run.",
             )
     for stage, name in platform.homeless:
@@ -135,3 +167,18 @@ def _rest(platform: Platform) -> Iterator[Finding]:
             f"kubernetes_platform_blocks names no addresses for {', '.join(platform.missing_blocks)}: what leads there "
             "stays closed.",
         )
+
+
+def page(platform: Platform) -> str:
+    """The findings as a page of Markdown."""
+    lines = [
+        "# What the platform's figures mean together",
+        "",
+        "The figures of the specification are kept as they are drawn. Where two of them cannot both be reached, this",
+        "page says which one binds. It is computed from the role's data; a test compares it with what they say today.",
+        "",
+        "| Figures | Binds | |",
+        "|---|---|---|",
+        *(f"| {finding.about} | {finding.binds} | {finding.text} |" for finding in findings(platform)),
+    ]
+    return "\n".join(lines) + "\n"
