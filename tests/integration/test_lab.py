@@ -5,15 +5,11 @@ us-west-2 is cut for a few seconds, less than a standby or the write lease minds
 
 from __future__ import annotations
 
-import contextlib
 import json
-import select
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,23 +18,10 @@ from lab import machine, nodes, report
 from lab.fabric import UPLINK, space_of
 from lab.paths import PREFIX, REPO, STATE
 from lab.topology import Node, Topology
+from tests.integration.packets import AT_ONCE_S, connect, overheard
 
 ELSEWHERE = "203.0.113.1"
 """An address kept for documentation (RFC 5737): nobody's, and outside the lab."""
-AT_ONCE_S = 2.0
-"""Seconds in which a refusal must come; a dropped packet would take the kernel two minutes to give up on."""
-
-# Connects from where it runs; prints what came of it and the seconds it took.
-CONNECT = """
-import socket, sys, time
-began = time.monotonic()
-try:
-    socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=float(sys.argv[3])).close()
-    outcome = "connected"
-except OSError as error:
-    outcome = type(error).__name__ if error.errno is None else str(error.errno)
-print(outcome, round(time.monotonic() - began, 2))
-"""
 
 
 def run(*command: str, check: bool = True, stdin: str | None = None) -> str:
@@ -54,13 +37,6 @@ def lab(*arguments: str) -> str:
 def on(node: Node, script: str, check: bool = True) -> str:
     """Runs a shell script on a node, as its operator over ssh."""
     return run(*nodes.ssh(node, "sh", "-s"), check=check, stdin=script)
-
-
-def connect(where: str, address: object, port: int, patience: float = AT_ONCE_S) -> tuple[str, float]:
-    """Connects from a namespace: "connected", an error number or an error's name, and the seconds it took."""
-    program = ("ip", "netns", "exec", where, "/usr/bin/python3", "-c", CONNECT)
-    outcome, seconds = run(*program, str(address), str(port), str(patience)).split()
-    return outcome, float(seconds)
 
 
 def reaches(where: str, node: Node) -> bool:
@@ -94,32 +70,6 @@ def test_no_namespace_of_the_lab_has_a_default_route(running_lab: Topology) -> N
     for name in names:
         routes = json.loads(run("ip", "-j", "-n", space_of(name), "route", "show", "table", "all"))
         assert [route for route in routes if route["dst"] in ("default", "0.0.0.0/0")] == []
-
-
-@contextlib.contextmanager
-def overheard(*addresses: bytes) -> Iterator[list[tuple[str, bytes]]]:
-    """The IPv4 packets, coming or going, with one of the addresses, on all links of the machine: (link, packet)."""
-    heard: list[tuple[str, bytes]] = []
-    ended = threading.Event()
-    # Only a socket for all protocols is shown what leaves.
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003)) as ear:
-        ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 20)
-
-        def listen() -> None:
-            while not ended.is_set():
-                if select.select([ear], [], [], 0.1)[0]:
-                    packet, (link, protocol, *_) = ear.recvfrom(64)
-                    if protocol == 0x0800 and (packet[12:16] in addresses or packet[16:20] in addresses):
-                        heard.append((link, packet))
-
-        ears = threading.Thread(target=listen)
-        ears.start()
-        try:
-            yield heard
-            time.sleep(0.5)
-        finally:
-            ended.set()
-            ears.join()
 
 
 def test_a_packet_to_elsewhere_is_refused_at_once_and_leaves_nothing_on_the_machines_links(
