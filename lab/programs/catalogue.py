@@ -201,4 +201,4 @@ def parts(minor: str, only: str, architecture: str, book: Catalogue | None = Non
 
 
 #: Part of each image's key: raise it when lab/programs/images.py makes images differently.
-IMAGE_LAYOUT = 1
+IMAGE_LAYOUT = 2

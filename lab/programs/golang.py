@@ -162,6 +162,11 @@ def build(name: str, version: str, component: Component, target: Path, job: Job)
         (target / program).chmod(0o755)
 
 
+def forget() -> None:
+    """Removes both caches of Go: several gigabytes that only an unfinished preparation has a use for."""
+    shutil.rmtree(cache() / "go", ignore_errors=True)
+
+
 TOOLS = """//go:build tools
 
 // Package tools names the commands that are built here, so that go.mod and go.sum cover all they need.

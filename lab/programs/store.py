@@ -156,6 +156,7 @@ def prepare(minor: str, only: str = "main", source: str = "auto", tell: Say = sa
         assemble(place, directory, wanted)
         verify(directory, minor, only)
         prune(place, arch)
+        golang.forget()
     tell(f"programs: {title} is ready in {directory} ({elapsed(time.monotonic() - started)})")
     return directory
 
@@ -180,6 +181,8 @@ def choose(todo: Sequence[Part], source: str, arch: str) -> dict[str, str]:
 def tools(todo: Sequence[Part], present: Callable[[str], bool]) -> tuple[str, ...]:
     """The Debian packages with what making these parts takes and this machine lacks."""
     needed = []
+    if any(part.image for part in todo) and not present("zstd"):
+        needed.append("zstd")
     if any(part.image and part.image.packages for part in todo) and not present("mmdebstrap"):
         needed.append("mmdebstrap")
     if any(not part.image and not part.component for part in todo) and not (present("cc") or present("gcc")):
@@ -390,6 +393,7 @@ def update(tell: Say = say) -> None:
             with step(f"module files of {name} {version}", tell) as current:
                 log = place.logs / f"update-{name}-{version}.log"
                 golang.update(name, version, component, Job(architecture(), log, current, lock))
-    for path in MODULES.iterdir():
-        if path.name not in {f"{name}-{version}" for name, version in wanted}:
-            shutil.rmtree(path)
+        golang.forget()
+        for path in MODULES.iterdir():
+            if path.name not in {f"{name}-{version}" for name, version in wanted}:
+                shutil.rmtree(path)
