@@ -10,6 +10,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,15 +43,42 @@ def run(title: str, command: Sequence[str], *, check: bool = True) -> int:
     return code
 
 
+def run_beside(title: str, command: Sequence[str], beside: str, other: Sequence[str]) -> None:
+    """Run two commands of the job that do not depend on each other at once.
+
+    The first one's output is shown, the other's is kept in a file and shown when it fails. Raises StepError.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryFile("w+") as said:
+        print(f"==> {beside} (beside the next step)", file=sys.stderr, flush=True)
+        with subprocess.Popen(other, cwd=REPO, stdout=said, stderr=subprocess.STDOUT) as process:
+            try:
+                run(title, command)
+            except BaseException:
+                process.terminate()
+                raise
+            code = process.wait()
+        print(f"    {beside}: {time.monotonic() - started:.1f} s", file=sys.stderr, flush=True)
+        if code:
+            said.seek(0)
+            sys.stderr.write(said.read())
+            raise StepError(beside, code)
+
+
 def build(inventory: str, *, small: bool) -> None:
-    """Bring up a fresh lab and the whole environment on it."""
+    """Bring up a fresh lab and the whole environment on it: playbooks/site.yml, with two of its parts at once."""
     lab = [sys.executable, "-m", "lab"]
+    playbook = ["ansible-playbook", "-i", inventory]
     run("Remove what an earlier lab left", [*lab, "down"])
     run("Start the lab: two regions and a witness", [*lab, "up", *(["--small"] if small else [])])
-    run(
-        "Harden the nodes, deploy the data services and the application",
-        ["ansible-playbook", "-i", inventory, "playbooks/site.yml"],
+    run("Harden the nodes", [*playbook, "playbooks/harden.yml"])
+    run_beside(
+        "Deploy the data services",
+        [*playbook, "playbooks/data.yml"],
+        "Build the regions' Kubernetes clusters",
+        [*playbook, "playbooks/cluster.yml"],
     )
+    run("Deploy the platform and the application", [*playbook, "playbooks/services.yml"])
 
 
 @dataclass(frozen=True)
@@ -105,7 +133,9 @@ def report(inventory: str) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `scripts/demo`."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description="The main job on the lab.")
-    parser.add_argument("--small", action="store_true", help="half the nodes, for a laptop")
+    parser.add_argument(
+        "--small", action="store_true", help="one application node and two database nodes a region, for a laptop"
+    )
     arguments = parser.parse_args(argv)
     inventory = "inventories/lab-small" if arguments.small else "inventories/lab"
     try:

@@ -1,11 +1,13 @@
-"""Clients, names, balancer, Redis and the stand-in on the running lab, with the region that holds the write lease."""
+"""Clients, names, balancers, Redis and the application's pods on the running lab, with the region that writes."""
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -24,10 +26,10 @@ from runbooks import ledger
 
 INVENTORY = os.environ.get("CENSUSCHAT_INVENTORY", "inventories/lab")
 BIN = Path(sys.executable).parent
-SERVICE = probe.service_name(REPO / INVENTORY)
+SERVICE = probe.service_of(REPO / INVENTORY)
 LAB = topology.load(REPO / INVENTORY)
 LIMIT_S = 3.5
-"""Seconds in which the stand-in must say no: its own 2 s for the work and what a loaded machine adds."""
+"""Seconds in which the service must say no: its own 2 s for the work and what a loaded machine adds."""
 
 
 def call(*command: str, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -53,7 +55,7 @@ def changed(playbook: str, *arguments: str) -> set[str]:
 
 
 def ask(address: str, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(address, probe.PORT, timeout=10)
+    connection = http.client.HTTPConnection(address, SERVICE.port, timeout=10)
     try:
         connection.request(method, path, None if body is None else json.dumps(body))
         response = connection.getresponse()
@@ -76,7 +78,7 @@ def services() -> None:
 @pytest.fixture(scope="module")
 def writing(services: None) -> str:
     """The region that serves: the one of the addresses that the service's name leads to."""
-    first = Names().addresses(SERVICE)[0]
+    first = Names().addresses(SERVICE.name)[0]
     return next(n.site for n in LAB.nodes if str(n.address) == first)
 
 
@@ -103,11 +105,11 @@ def until_acks(minimum: int, *names: str, seconds: float = 20) -> None:
 
 
 def test_the_name_leads_to_all_application_nodes_of_the_writing_region(writing: str) -> None:
-    assert sorted(Names().addresses(SERVICE)) == sorted(str(n.address) for n in app(writing))
+    assert sorted(Names().addresses(SERVICE.name)) == sorted(str(n.address) for n in app(writing))
 
 
 def test_a_record_of_route_53_is_followed_within_its_ttl() -> None:
-    name, ttl = f"trial-{os.getpid()}.{SERVICE.partition('.')[2]}", 1
+    name, ttl = f"trial-{os.getpid()}.{SERVICE.name.partition('.')[2]}", 1
     client = boto3.client(
         "route53",
         endpoint_url=aws.ENDPOINT,
@@ -116,7 +118,7 @@ def test_a_record_of_route_53_is_followed_within_its_ttl() -> None:
         aws_secret_access_key="lab",
     )
     (zone,) = [
-        z["Id"] for z in client.list_hosted_zones()["HostedZones"] if z["Name"] == f"{SERVICE.partition('.')[2]}."
+        z["Id"] for z in client.list_hosted_zones()["HostedZones"] if z["Name"] == f"{SERVICE.name.partition('.')[2]}."
     ]
 
     def change(action: str, address: str) -> None:
@@ -160,19 +162,62 @@ def redis_nodes() -> list[str]:
     return list(hosts["all"]["children"]["redis"]["hosts"])
 
 
+def kubectl(region: str, *arguments: str) -> str:
+    """The region's cluster, asked on its first control plane; each node there has the role app."""
+    return on(
+        app(region)[0].name, f"kubectl --kubeconfig /etc/kubernetes/admin.conf -n production-api {' '.join(arguments)}"
+    )
+
+
+def deployments(region: str) -> dict[str, tuple[int, int]]:
+    """Wanted and available replicas by Deployment."""
+    items = json.loads(kubectl(region, "get", "deployments", "-o", "json"))["items"]
+    return {i["metadata"]["name"]: (i["spec"]["replicas"], i["status"].get("availableReplicas", 0)) for i in items}
+
+
 def test_the_writing_region_serves_and_the_other_keeps_one_warm(writing: str, other: str) -> None:
     for node in app(writing):
         assert ask(str(node.address), "GET", "/readyz")[0] == 200, node.name
-    warm, *cold = app(other)
-    assert ask(str(warm.address), "GET", "/healthz")[0] == 200
-    started = time.monotonic()
-    status, body = ask(str(warm.address), "GET", "/readyz")
-    assert status == 503, body
-    assert "database" in body["error"]
-    assert time.monotonic() - started < LIMIT_S
-    for node in cold:
-        with pytest.raises(ConnectionRefusedError):
-            ask(str(node.address), "GET", "/healthz")
+    full = len(app(writing))
+    assert deployments(writing) == {"api-gateway": (full, full), "query": (full, full)}
+    for node in app(other):
+        assert ask(str(node.address), "GET", "/healthz")[0] == 200
+        started = time.monotonic()
+        status, body = ask(str(node.address), "GET", "/readyz")
+        assert status == 503, body
+        assert time.monotonic() - started < LIMIT_S
+    # The query service's pod is there and runs, but is not ready: its region's database takes no writes.
+    assert deployments(other) == {"api-gateway": (1, 1), "query": (1, 0)}
+    phase = "jsonpath={.items[*].status.phase}"
+    assert kubectl(other, "get", "pods", "-l", "app.kubernetes.io/name=query", "-o", f"'{phase}'") == "Running"
+
+
+def test_the_balancer_serves_its_pods_and_its_region_and_nobody_else(writing: str) -> None:
+    """This machine is outside the region; the clients inside it and the pods are served, as the other tests show."""
+    for port in (6432, 6380):
+        with socket.create_connection((str(app(writing)[0].address), port), timeout=5) as connection:
+            connection.sendall(b"PING\r\n")
+            try:
+                assert connection.recv(100) == b""
+            except ConnectionResetError:
+                continue
+
+
+def test_a_rollout_of_both_services_fails_no_write(clients: None, writing: str) -> None:
+    """Pods that end answer what has begun and send kept connections to their successors."""
+    outside = ("outside-fresh", "outside-kept")
+    until_acks(20, *outside)
+    before = time.monotonic()
+    kubectl(writing, "rollout", "restart", "deployment/query", "deployment/api-gateway")
+    for name in ("query", "api-gateway"):
+        kubectl(writing, "rollout", "status", f"deployment/{name}", "--timeout=90s")
+    time.sleep(6)  # the last of the old pods have drained
+    lab("probe", "stop")
+    lab("probe", "readback")
+    records = [r for r in ledger.read_all(probe.ledgers()) if r.side == ledger.OUTSIDE and r.t > before]
+    assert [r for r in records if r.kind == "fail"] == []
+    assert sum(r.kind == "ack" for r in records) > 50
+    assert ledger.measure(ledger.read_all(probe.ledgers())).lost_acknowledged == 0
 
 
 def test_without_redis_the_service_says_no_quickly_and_comes_back(writing: str) -> None:
@@ -183,13 +228,14 @@ def test_without_redis_the_service_says_no_quickly_and_comes_back(writing: str) 
         started = time.monotonic()
         status, body = ask(address, "POST", "/rows", {"client": "integration", "n": time.time_ns() // 1000})
         assert status == 503
-        assert "redis" in body["error"]
+        # Once no pod of the query service is ready, the gateway says that it has none.
+        assert "redis" in body["error"] or "the query service does not answer" in body["error"]
         assert time.monotonic() - started < LIMIT_S
         assert ask(address, "GET", "/readyz")[0] == 503
         assert ask(address, "GET", "/healthz")[0] == 200
     finally:
         on(redis, "systemctl start redis-server.service")
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 20
     while ask(address, "GET", "/readyz")[0] != 200:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -281,17 +327,23 @@ def test_a_second_run_of_the_services_changes_nothing_in_check_mode_and_out_of_i
 
 
 def test_secrets_are_in_their_files_only(writing: str) -> None:
-    node = app(writing)[0].name
     secrets = [(STATE / "secrets" / name).read_text().split()[0] for name in ("postgresql_app", "redis")]
-    seen = on(node, "cat /proc/[0-9]*/cmdline | tr '\\0' ' '; journalctl --no-pager -u censuschat-stand-in -u haproxy")
-    assert not any(secret in seen for secret in secrets)
-    assert on(node, "stat -c '%U:%G %a' /etc/censuschat/stand-in.json /etc/haproxy/haproxy.cfg").split("\n")[:2] == [
-        "root:censuschat-stand-in 640",
-        "root:root 600",
-    ]
-    assert on(node, "systemctl show -p User -p NoNewPrivileges censuschat-stand-in.service").split() == [
-        "User=censuschat-stand-in",
-        "NoNewPrivileges=yes",
-    ]
+
+    def told(text: str) -> bool:
+        return any(secret in text or base64.b64encode(secret.encode()).decode() in text for secret in secrets)
+
+    for node in app(writing):
+        seen = on(
+            node.name,
+            "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\\0' ' ';"
+            " journalctl --no-pager -u kubelet -u containerd -u haproxy; cat /var/log/pods/*/*/*.log",
+        )
+        assert "lab.services" in seen
+        assert not told(seen)
+        assert on(node.name, "stat -c '%U:%G %a' /etc/haproxy/haproxy.cfg").strip() == "root:root 600"
+    objects = kubectl(writing, "get", "all,configmaps,events", "-o", "yaml")
+    assert "lab.services.query" in objects
+    assert not told(objects)
+    assert told(kubectl(writing, "get", "secrets", "-o", "yaml")), "that is where they are"
     machine = b"".join(p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists())
-    assert not any(secret.encode() in machine for secret in secrets)
+    assert not told(machine.decode(errors="replace"))
