@@ -1,4 +1,4 @@
-"""The catalogue of programs and images (catalogue.yml), and the parts that a version is made of.
+"""The catalogue of programs and images (versions.yml, catalogue.yml), and the parts that a version is made of.
 
 A part is what is made in one go: the programs of one component, or one image. Its key is the hash of all that decides
 what is in it, so a changed recipe or Go module file is a new part and an unchanged one costs nothing.
@@ -75,7 +75,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All that catalogue.yml says."""
+    """All that the two files say."""
 
     default: str
     versions: Mapping[str, Mapping[str, str]]
@@ -133,7 +133,8 @@ def parse(data: Mapping[str, Any]) -> Catalogue:
 @functools.cache
 def catalogue() -> Catalogue:
     """The project's catalogue."""
-    return parse(yaml.safe_load((PLACE / "catalogue.yml").read_text(encoding="utf-8")))
+    files = [PLACE / "versions.yml", PLACE / "catalogue.yml"]
+    return parse({name: value for file in files for name, value in yaml.safe_load(file.read_text("utf-8")).items()})
 
 
 def find(version: str, book: Catalogue) -> str:
@@ -143,7 +144,7 @@ def find(version: str, book: Catalogue) -> str:
         if plain in (minor, exact["kubernetes"]):
             return minor
     known = ", ".join(f"{minor} ({exact['kubernetes']})" for minor, exact in book.versions.items())
-    raise Unknown(f"'{version}' is not a Kubernetes version that lab/programs/catalogue.yml has; it has: {known}")
+    raise Unknown(f"'{version}' is not a Kubernetes version that lab/programs/versions.yml has; it has: {known}")
 
 
 def versions(minor: str, book: Catalogue | None = None) -> Mapping[str, str]:

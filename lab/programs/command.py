@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from types import FrameType
 
 from lab.cli import EXIT_FAILED, EXIT_INTERRUPTED, Refusal
@@ -14,13 +13,13 @@ from lab.programs.store import update
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The verb's function; raises Refusal."""
+    """The verb's function, and a step of `lab up`; raises Refusal."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     # Builds run in process groups of their own and are ended on the way out.
-    signal.signal(signal.SIGTERM, end)
+    before = signal.signal(signal.SIGTERM, end)
     try:
         if arguments.update:
             update()
@@ -31,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ProgramsError as error:
         raise Refusal(str(error), EXIT_FAILED) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        raise Refusal("interrupted; the same command goes on with what is missing", EXIT_INTERRUPTED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0

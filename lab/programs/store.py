@@ -365,7 +365,7 @@ def verify(directory: Path, minor: str, only: str) -> None:
     lacking = sorted(set(said.stdout.split()) - ours)
     if said.returncode != 0 or not said.stdout or lacking:
         raise ProgramsError(
-            f"kubeadm {exact['kubernetes']} wants images that lab/programs/catalogue.yml does not have: "
+            f"kubeadm {exact['kubernetes']} wants images that lab/programs/ does not make: "
             f"{', '.join(lacking) or said.stderr.strip()[-200:]}"
         )
 

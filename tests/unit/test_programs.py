@@ -383,7 +383,7 @@ def test_what_upstream_lacks_is_built_but_a_wrong_file_is_not_worked_around(
     [
         (
             ["--kubernetes", "1.99"],
-            "'1.99' is not a Kubernetes version that lab/programs/catalogue.yml has; it has: 1.35",
+            "'1.99' is not a Kubernetes version that lab/programs/versions.yml has; it has: 1.35",
         ),
         (["--only", "some"], "'some' is not a set of programs; there are: main, all"),
         (["--from", "thin-air"], "'thin-air' is not a way to get programs; there are: auto, source, download"),

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lab.programs.catalogue import catalogue, image_names
 from lab.services import gateway, query, web
 from tests.unit.services_in_memory import Memory, Region, Running
 
@@ -325,8 +326,7 @@ def test_a_program_without_its_environment_says_what_is_missing(program: str) ->
 
 
 def test_the_services_image_is_the_one_of_the_catalogue() -> None:
-    catalogue = yaml.safe_load((REPO / "lab/programs/catalogue.yml").read_text())
     data = yaml.safe_load((REPO / "inventories/lab/group_vars/all/services.yml").read_text())
     images = {service["image"] for service in data["kubernetes_platform_services"].values()}
-    for versions in catalogue["versions"].values():
-        assert images == {catalogue["images"]["python"]["name"].format(**versions)}
+    for minor in catalogue().versions:
+        assert images == {image_names(minor)["python"]}
