@@ -128,8 +128,8 @@ def ruleset(topology: Topology) -> str:
     Inside a site everything passes, cut or not. Between sites: nothing to or from a cut one, established flows
     included; then lab to lab only. The machine is reached by nobody, except for answers and the package cache.
 
-    Two counters tell what came to the router for an address that is not the lab's (`outside`; it has no route for it
-    and says so), and what of that went on to the machine (`left`, which stays 0).
+    Two counters tell what came to the router for an address that is not the lab's and was refused (`outside`), and what
+    was about to go on to the machine all the same (`left`, which stays 0).
     """
     inside = "\n".join(f"    ip saddr {n} ip daddr {n} accept" for n in [s.network for s in topology.sites])
     operator, supernet = topology.operator, topology.supernet
@@ -142,7 +142,7 @@ def ruleset(topology: Topology) -> str:
   counter left {{ }}
   chain arrive {{
     type filter hook prerouting priority filter; policy accept;
-    ip daddr != {{ {supernet}, {NOT_ROUTED} }} counter name outside
+    ip daddr != {{ {supernet}, {NOT_ROUTED} }} counter name outside reject with icmpx admin-prohibited
   }}
   chain leave {{
     type filter hook postrouting priority filter; policy accept;
@@ -176,10 +176,11 @@ def ruleset(topology: Topology) -> str:
 def fence(topology: Topology, site: Site) -> str:
     """The packet filter of a Kubernetes node, for its own packets and its pods'; there before its first component.
 
-    It looks at destinations after kube-proxy has replaced those that it knows, and before kube-proxy would drop the
-    other Service addresses without a word. So a Service address that nobody has taken over is refused as a closed port
-    is (`unprogrammed` counts them), and an address that is not the lab's is refused even where somebody has planted a
-    default route (`outside`). Should a pod with all privileges remove the table, the router still refuses.
+    It looks at destinations after kube-proxy has replaced those that it knows, before kube-proxy would drop the other
+    Service addresses without a word, and before the kernel misses a route (it says so to each pod once a second only).
+    So a Service address that nobody has taken over is refused as a closed port is (`unprogrammed` counts them), and an
+    address that is not the lab's is refused even where somebody has planted a default route (`outside`). Should a pod
+    with all privileges remove the table, the router still refuses.
     """
     lab = f"{topology.supernet}, {site.pods}, {NOT_ROUTED}"
     return f"""
@@ -193,8 +194,8 @@ def fence(topology: Topology, site: Site) -> str:
     type filter hook output priority filter - 1; policy accept;
     jump stay
   }}
-  chain forward {{
-    type filter hook forward priority filter - 1; policy accept;
+  chain arrive {{
+    type filter hook prerouting priority dstnat + 1; policy accept;
     jump stay
   }}
 """

@@ -136,12 +136,13 @@ def refused(connection: Callable[..., tuple[str, float]], *arguments: Any) -> li
 def test_an_address_outside_is_refused_on_the_node_and_in_a_pod(running_lab: Topology, cluster: Cluster) -> None:
     space = fabric.space_of(cluster.node.name)
     with nothing_leaves(running_lab):
-        assert set(refused(connect, space) + refused(cluster.connect)) <= UNREACHABLE
-        # Neither finds a route, so nothing came as far as the fence. With one, the fence refuses each packet.
         before = counted(space)["outside"]
+        assert set(refused(connect, space) + refused(cluster.connect)) <= UNREACHABLE
+        # The node finds no route and does not even send; the pod's packets come as far as the node's fence.
+        assert counted(space)["outside"] == before + len(OUTSIDE)
         with default_route(running_lab, cluster.node):
             assert set(refused(connect, space) + refused(cluster.connect)) <= UNREACHABLE
-        assert counted(space)["outside"] == before + 2 * len(OUTSIDE)
+        assert counted(space)["outside"] == before + 3 * len(OUTSIDE)
 
 
 def test_without_the_nodes_fence_the_router_refuses(running_lab: Topology, cluster: Cluster) -> None:
