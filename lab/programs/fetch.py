@@ -17,7 +17,7 @@ from lab.programs.catalogue import Component, ProgramsError
 from lab.programs.progress import Job, Step
 
 #: Asked whether upstream can be reached at all.
-PROBE = "https://dl.k8s.io/"
+PROBE = "https://dl.k8s.io/release/stable.txt"
 #: Seconds: to find out whether there is an internet, and without a byte while downloading.
 PROBE_TIMEOUT = 3.0
 TIMEOUT = 30.0
@@ -36,9 +36,6 @@ def reachable(url: str = PROBE, timeout: float = PROBE_TIMEOUT) -> bool:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):  # noqa: S310
             return True
-    except urllib.error.HTTPError as error:
-        # A site's own answer is an answer; a proxy that refuses is not.
-        return error.code in (403, 404, 405) and "x-deny-reason" not in error.headers
     except (OSError, http.client.HTTPException):
         return False
 

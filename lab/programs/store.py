@@ -147,7 +147,7 @@ def prepare(minor: str, only: str = "main", source: str = "auto", tell: Say = sa
         clear(place)
         todo = missing(wanted, state(directory), complete(place))
         if todo:
-            ways = choose(todo, source, arch)
+            ways = choose(todo, source)
             provide(todo, place.logs / "packages.log", tell)
             tell(f"programs: {title}, {len(todo)} of {len(wanted)} parts to make in {place.root}")
             maker = Maker(place, arch, tell, lock, exact, ways, {part.name: part for part in wanted})
@@ -161,7 +161,7 @@ def prepare(minor: str, only: str = "main", source: str = "auto", tell: Say = sa
     return directory
 
 
-def choose(todo: Sequence[Part], source: str, arch: str) -> dict[str, str]:
+def choose(todo: Sequence[Part], source: str) -> dict[str, str]:
     """Part -> `download` or `source`, for the components among `todo`. Raises Unprepared when there is no way."""
     components = {part.name: part for part in todo if part.component}
     if not components:

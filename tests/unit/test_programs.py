@@ -356,9 +356,9 @@ def test_online_what_upstream_publishes_is_downloaded_and_the_rest_built(
 ) -> None:
     todo = catalogue.parts("1.35", "all", "amd64")
     monkeypatch.setattr(fetch, "reachable", lambda: True)
-    ways = store.choose(todo, "auto", "amd64")
+    ways = store.choose(todo, "auto")
     assert {name for name, way in ways.items() if way == "source"} == {"kwok", "metrics-server"}
-    assert set(store.choose(todo, "source", "amd64").values()) == {"source"}
+    assert set(store.choose(todo, "source").values()) == {"source"}
 
 
 def test_what_upstream_lacks_is_built_but_a_wrong_file_is_not_worked_around(
