@@ -77,12 +77,16 @@ MODULES = {
 #: Free memory in MiB a node. Measured with the site deployed, anonymous memory of its processes: app 24-47, db 89-129,
 #: witness 41; the rest is for PostgreSQL's shared buffers and page cache.
 MEMORY_NODE = {"app": 80, "db": 240, "witness": 80}
+#: And in addition for a node of a cluster, its images' programs and the services' pods included; measured likewise:
+#: 450-540 a control plane that takes pods too.
+MEMORY_CLUSTER = {"": 0, "control-plane": 550, "worker": 200}
 #: For Ansible, the AWS emulator, the clients.
 MEMORY_BASE = 600
 #: podman's engine settings for the lab, named to podman by CONTAINERS_CONF.
 PODMAN_SETTINGS = STATE / "containers.conf"
-#: Free disk in GiB for images, node data and the package cache.
-DISK = 6
+#: Free disk in GiB for images, node data (1 GiB of container images on a control plane), the package cache and the
+#: programs of Kubernetes.
+DISK = 12
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class Facts:
     hybrid_cgroups: bool
 
 
+def memory(topology: Topology) -> int:
+    """The free memory in MiB that a lab takes."""
+    return MEMORY_BASE + sum(MEMORY_NODE[node.role] + MEMORY_CLUSTER[node.kubernetes] for node in topology.nodes)
+
+
 def problems(facts: Facts, topology: Topology, resuming: bool = False) -> list[str]:
     """What stands in the way, one sentence each with what to do. Missing programs do not: they get installed.
 
@@ -108,7 +117,7 @@ def problems(facts: Facts, topology: Topology, resuming: bool = False) -> list[s
         found.append("The lab needs root (network namespaces, containers with systemd); run it with sudo.")
     if not facts.debian:
         found.append("The lab needs Debian 12 or later (apt, debootstrap); this is another system.")
-    need = MEMORY_BASE + sum(MEMORY_NODE[node.role] for node in topology.nodes)
+    need = memory(topology)
     if facts.memory_mib < need and not resuming:
         found.append(
             f"The lab of {len(topology.nodes)} nodes needs {need} MiB of free memory, there are {facts.memory_mib}; "

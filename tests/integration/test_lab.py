@@ -245,6 +245,23 @@ def test_a_node_cannot_change_the_machines_kernel_clock_or_modules(running_lab: 
     )
 
 
+def test_a_kubernetes_node_has_what_a_kubelet_needs(running_lab: Topology) -> None:
+    node = next(node for node in running_lab.nodes if node.kubernetes)
+    look = (
+        "findmnt -no PROPAGATION /; findmnt -no OPTIONS /opt/kubernetes | cut -d, -f1; "
+        "touch /opt/kubernetes/x 2>&1 | grep -o 'Read-only file system'; ls -d /opt/kubernetes/v*/bin/kubelet | wc -l; "
+        "ls /usr/lib/cni/host-local; df --output=fstype /var/lib/containerd /var/lib/kubelet /var/lib/etcd | tail -n 3"
+    )
+    propagation, options, refused, kubelets, plugin, *filesystems = on(node, f"sudo sh -s <<'E'\n{look}\nE").split("\n")
+    assert (propagation, options, refused) == ("shared", "ro", "Read-only file system")
+    assert int(kubelets) >= 1
+    assert plugin == "/usr/lib/cni/host-local"
+    assert "overlay" not in filesystems and len(filesystems) == 3
+    routes = json.loads(run("ip", "-j", "-n", space_of(node.name), "route", "show"))
+    site = running_lab.site(node.site)
+    assert (str(site.services), str(site.router)) in {(route["dst"], route.get("gateway")) for route in routes}
+
+
 def test_a_nodes_packet_filter_is_its_own_and_lets_elements_expire(running_lab: Topology) -> None:
     first, second = running_lab.nodes[:2]
     make = (

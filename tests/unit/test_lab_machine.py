@@ -47,9 +47,12 @@ def test_each_problem_is_one_sentence_of_its_own(facts: machine.Facts, reason: s
     assert reason in found[0]
 
 
-def test_a_small_lab_asks_for_less_memory() -> None:
-    assert machine.problems(replace(FIT, memory_mib=2500), LAB)
-    assert not machine.problems(replace(FIT, memory_mib=2500), SMALL)
+def test_a_small_lab_asks_for_less_memory_and_one_of_three_control_planes_for_more() -> None:
+    enough = replace(FIT, memory_mib=machine.memory(LAB))
+    assert not machine.problems(enough, LAB)
+    assert not machine.problems(replace(enough, memory_mib=machine.memory(SMALL)), SMALL)
+    assert machine.problems(replace(enough, memory_mib=machine.memory(SMALL)), LAB)
+    assert machine.problems(enough, topology.load(REPO / "inventories" / "lab-ha"))
 
 
 def test_a_lab_that_is_there_already_is_not_asked_for_its_memory_again() -> None:
