@@ -14,7 +14,7 @@ description:
   - Approves the request for a serving certificate of a kubelet that the API server cannot reach yet, if it asks for the
     given name and address only.
   - Waits, if wanted, until all given nodes are Ready.
-  - Or deletes the Node objects of machines that have left.
+  - Or deletes the Node objects of machines that have left, or only says what the cluster runs.
 author:
   - CensusChat platform team (@censuschat)
 extends_documentation_fragment:
@@ -28,7 +28,7 @@ options:
     description: The nodes. Others of the cluster are not looked at.
     type: list
     elements: dict
-    required: true
+    default: []
     suboptions:
       name:
         description: The node's name in the cluster.
@@ -47,9 +47,12 @@ options:
         type: bool
         default: true
   state:
-    description: Whether the Node objects are there.
+    description:
+      - Whether the Node objects are there.
+      - V(observed) changes nothing and returns RV(version), which is empty when there is no cluster or it does not
+        answer.
     type: str
-    choices: [present, absent]
+    choices: [present, absent, observed]
     default: present
   wait_s:
     description: How long to wait for a node's registration and its kubelet's certificate, in seconds.
@@ -82,6 +85,11 @@ actions:
   type: list
   elements: str
   sample: ["use1-app1: label topology.kubernetes.io/zone=us-east-1a"]
+version:
+  description: Version that the API server runs, without v.
+  returned: when O(state=observed)
+  type: str
+  sample: 1.35.4
 """
 
 import base64
@@ -233,6 +241,16 @@ def run(module: AnsibleModule) -> list[str]:
         return cluster.actions
 
 
+def serving(kubeconfig: str) -> str:
+    """The version of the API server, without v; empty when there is none that answers."""
+    try:
+        with contextlib.closing(Api(Access.of(kubeconfig))) as api:
+            return str(api.get("/version")["gitVersion"]).removeprefix("v")
+    except ApiError:
+        # Whether that is a fault is not this call's question: a cluster that is to be repaired does not answer either.
+        return ""
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -240,7 +258,7 @@ def main() -> None:
             "nodes": {
                 "type": "list",
                 "elements": "dict",
-                "required": True,
+                "default": [],
                 "options": {
                     "name": {"type": "str", "required": True},
                     "address": {"type": "str", "default": ""},
@@ -248,7 +266,7 @@ def main() -> None:
                     "schedulable": {"type": "bool", "default": True},
                 },
             },
-            "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "absent", "observed"], "default": "present"},
             "wait_s": {"type": "int", "default": 60},
             "ready_s": {"type": "int", "default": 0},
         },
@@ -256,6 +274,8 @@ def main() -> None:
     )
     if MISSING:
         module.fail_json(msg=missing_required_lib("cryptography"), exception=MISSING)
+    if module.params["state"] == "observed":
+        module.exit_json(changed=False, actions=[], version=serving(module.params["kubeconfig"]))
     try:
         actions = run(module)
     except NodeError as error:

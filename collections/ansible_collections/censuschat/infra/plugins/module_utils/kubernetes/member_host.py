@@ -32,6 +32,7 @@ KUBELET = KUBERNETES / "kubelet.conf"
 API_MANIFEST = KUBERNETES / "manifests/kube-apiserver.yaml"
 PATCHES = KUBERNETES / "patches"
 PENDING = KUBERNETES / "censuschat-pending"
+COREFILE = KUBERNETES / "Corefile"
 ETCD_PKI = KUBERNETES / "pki/etcd"
 ETCD_DATA = Path("/var/lib/etcd/member")
 #: In memory only, and gone after the join.
@@ -159,6 +160,7 @@ class Host:
             command = ["init", "--config", str(how["kubeadm_config"]), "--skip-token-print"]
             # Every phase of a first start can be run again over what it made already.
             self._kubeadm(command + (["--ignore-preflight-errors", _RESUMED] if resumed else []), timeout_s)
+            self._name_service()
 
     def _join(self, wanted: Wanted, how: Mapping[str, Any], timeout_s: float) -> None:
         material = how["join"]
@@ -208,6 +210,13 @@ class Host:
         self._wait_running(wanted, time.monotonic() + timeout_s)
         self._kubeadm(["init", "phase", "upload-config", "kubeadm", *config], timeout_s)
         self._kubeadm(["init", "phase", "addon", "kube-proxy", *config], timeout_s)
+        self._name_service()
+
+    def _name_service(self) -> None:
+        """Give the cluster's DNS its configuration in place of kubeadm's; it reads a new one by itself."""
+        with contextlib.closing(Api(Access.of(str(ADMIN)))) as api:
+            path = "/api/v1/namespaces/kube-system/configmaps/coredns"
+            api.call("PATCH", path, {"data": {"Corefile": _read(COREFILE)}}, "application/merge-patch+json")
 
     def _wait_running(self, wanted: Wanted, deadline: float) -> None:
         """Wait until the API server of this node runs with the wanted configuration and is ready."""
