@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.censuschat.infra.plugins.module_utils.platform_objects import manifests, model, reader, report
+from ansible_collections.censuschat.infra.plugins.module_utils.platform_objects import (
+    grant,
+    manifests,
+    model,
+    reader,
+    report,
+)
 
 from tests.platform_catalogue import PAGE, catalogue, page, site
 
@@ -343,3 +350,32 @@ def test_the_page_of_findings_is_that_of_the_data() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), (
         "write it anew: scripts/run env PYTHONPATH=collections:. python -m tests.platform_catalogue > " + str(PAGE)
     )
+
+
+GRANT = grant.Wanted("inc-1", "break-glass", "break-glass", "rolling back by hand", "alice", 900)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"name": "Not A Name"}, "'Not A Name' is not a name Kubernetes accepts"),
+        ({"reason": " because  "}, "reason: say in 10 characters or more why"),
+        ({"seconds": 599}, "an API server gives no token for less than 600 s"),
+        ({"seconds": 3607}, "3607 is the one length that an API server may extend"),
+    ],
+)
+def test_an_emergency_access_needs_a_name_a_reason_and_a_length(change: dict[str, Any], text: str) -> None:
+    GRANT.check()
+    with pytest.raises(reader.PlatformError, match=text):
+        dataclasses.replace(GRANT, **change).check()
+
+
+def test_an_emergency_token_is_bound_to_its_grant() -> None:
+    assert GRANT.grant()["type"] == "censuschat.io/break-glass-grant"
+    assert "data" not in GRANT.grant()
+    spec = GRANT.request("uid-1")["spec"]
+    assert spec["expirationSeconds"] == 900
+    assert spec["boundObjectRef"] == {"apiVersion": "v1", "kind": "Secret", "name": "inc-1", "uid": "uid-1"}
+    document = grant.kubeconfig("https://api:6443", b"PEM", "", "secret-token", "break-glass")
+    assert document["users"] == [{"name": "break-glass", "user": {"token": "secret-token"}}]
+    assert base64.b64decode(document["clusters"][0]["cluster"]["certificate-authority-data"]) == b"PEM"

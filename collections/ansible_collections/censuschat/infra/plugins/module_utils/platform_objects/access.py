@@ -36,7 +36,11 @@ def objects(platform: Platform) -> Iterator[Manifest]:
     yield _role("censuschat-cluster-operator", *_operating_cluster())
     yield _role("censuschat-break-glass", *_emergency())
     yield _role("censuschat-break-glass-secrets", _rule("", ["secrets"], _WRITE))
-    yield _bind_cluster("censuschat-cluster-viewers", "censuschat-cluster-viewer", access.viewers + access.operators)
+    lookers = _bind_cluster(
+        "censuschat-cluster-viewers", "censuschat-cluster-viewer", access.viewers + access.operators
+    )
+    lookers["subjects"].append(_account(access))
+    yield lookers
     yield _bind_cluster("censuschat-cluster-operators", "censuschat-cluster-operator", access.operators)
     for namespace in platform.namespaces:
         if namespace.stage != SYSTEM:
@@ -155,6 +159,8 @@ def _viewing() -> Iterator[dict[str, Any]]:
 def _viewing_cluster() -> Iterator[dict[str, Any]]:
     yield _rule("", ["namespaces", "nodes", "persistentvolumes"], _READ)
     yield _rule("scheduling.k8s.io", ["priorityclasses"], _READ)
+    # kubectl reads them to validate what it is given.
+    yield _rule("apiextensions.k8s.io", ["customresourcedefinitions"], _READ)
     yield _rule("storage.k8s.io", ["storageclasses"], _READ)
     yield _rule("metrics.k8s.io", ["nodes"], ["get", "list"])
 
