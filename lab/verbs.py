@@ -87,14 +87,15 @@ def up(arguments: argparse.Namespace) -> int:
     inventory = INVENTORIES[arguments.profile]
     lab = read(inventory)
     there = recorded() if os.geteuid() == 0 else None
-    if there is not None and there != inventory:
-        raise Refusal(f"a lab made from {there} is there already; remove it first with: scripts/run lab down")
+    refuse_another(there, inventory)
     # What a running lab takes itself does not count against it.
     found = machine.problems(machine.observe(lab), lab, resuming=there is not None)
     if found:
         raise Refusal(" ".join(found))
     prepare_programs()
     with alone() as held:
+        # Another `up` may have begun while the programs were made.
+        refuse_another(recorded(), inventory)
         began = time.monotonic()
         STATE.mkdir(mode=0o700, parents=True, exist_ok=True)
         nodes.write(RECORD, json.dumps({"inventory": str(inventory)}) + "\n")
@@ -108,6 +109,12 @@ def up(arguments: argparse.Namespace) -> int:
                 "the lab is not up; `lab up` resumes once the cause is mended, `lab down` removes it", file=sys.stderr
             )
         return code
+
+
+def refuse_another(there: Path | None, inventory: Path) -> None:
+    """Raises Refusal when a lab of another inventory is there: its nodes are others to their clusters."""
+    if there is not None and there != inventory:
+        raise Refusal(f"a lab made from {there} is there already; remove it first with: scripts/run lab down")
 
 
 def prepare_programs() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lab import fabric, programs, report, verbs
+from lab import cli, fabric, programs, report, verbs
 from lab.programs.catalogue import catalogue
 from lab.topology import Node, Topology
 from tests.integration.packets import AT_ONCE_S, CONNECT, REFUSED, UNREACHABLE, connect, overheard
@@ -200,3 +200,35 @@ def test_an_image_that_is_not_there_is_named_and_not_pulled(
         cluster.run("delete", f"--namespace={NAMESPACE}", "pod", name, "--wait=false")
     assert waiting.get("reason") in reasons
     assert image in waiting["message"]
+
+
+def test_a_restarted_node_comes_back_with_its_fence_and_its_pods(running_lab: Topology, cluster: Cluster) -> None:
+    """Last, so that what it restarts is in nobody's way."""
+    space = fabric.space_of(cluster.node.name)
+    services = cluster.site.services
+    assert services
+
+    def started() -> tuple[int, bool]:
+        seen = json.loads(cluster.run("get", f"--namespace={NAMESPACE}", "pod", "probe", "--output=json"))
+        status = seen["status"]["containerStatuses"][0]
+        return status["restartCount"], status["ready"]
+
+    def works() -> bool:
+        # The API may be on the very node.
+        with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
+            return started() == (1, True) and cluster.connect(services[1], 443)[0] == "connected"
+        return False
+
+    assert started() == (0, True)
+    fenced = counted(space)
+    assert cli.main(["restart", cluster.node.name]) == 0
+    # The table was there all the time: its counters go on.
+    assert counted(space)["unprogrammed"] >= fenced["unprogrammed"]
+    # Also while kube-proxy is still on its way.
+    outcome, seconds = connect(space, services[-2], 443)
+    assert outcome == REFUSED and seconds < AT_ONCE_S
+    deadline = time.monotonic() + 90
+    while not works():
+        assert time.monotonic() < deadline, f"the pod on {cluster.node.name} is not back 90 s after the restart"
+        time.sleep(1)
+    assert cluster.connect(services[-2], 443)[0] == REFUSED

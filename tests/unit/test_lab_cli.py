@@ -104,6 +104,16 @@ def test_without_the_programs_of_kubernetes_no_lab_is_begun(
     assert not (no_lab / "state").exists()
 
 
+def test_a_lab_that_was_begun_while_the_programs_were_made_is_not_taken_over(
+    no_lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "observe", lambda _: machine.Facts(True, "12", (), 16000, 50, (), False))
+    monkeypatch.setattr(verbs, "prepare_programs", lambda: record(REPO / "inventories" / "lab-small"))
+    assert cli.main(["up", "--ha"]) == cli.EXIT_BAD_INPUT
+    assert "lab-small is there already; remove it first" in capsys.readouterr().err
+    assert verbs.recorded() == REPO / "inventories" / "lab-small"
+
+
 @pytest.mark.parametrize(
     ("arguments", "inventory"), [([], "lab"), (["--small"], "lab-small"), (["--ha"], "lab-ha")], ids=str
 )
