@@ -95,7 +95,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
                 name: {"node_port": 30080, "clients": ["10.0.0.0/8"]} for name in ("nlp", "query")
             }
         },
-        "query in production-api: node_port 30080 is taken by nlp",
+        "query in production-api: node_port 30080 is taken by production-api/nlp",
+    ),
+    (
+        "node port in two stages",
+        {"services": {"nlp": {"node_port": 30080, "clients": ["10.0.0.0/8"]}}},
+        "nlp in staging-api: node_port 30080 is taken by production-api/nlp",
     ),
     ("node port for nobody", {"services": {"nlp": {"node_port": 30080}}}, "nlp.clients: is missing"),
     (

@@ -62,6 +62,8 @@ options:
     description: Name of the emergency account.
     type: str
     default: break-glass
+requirements:
+  - urllib3
 seealso:
   - module: censuschat.infra.k8s_apply
 """
@@ -105,8 +107,8 @@ import os
 import tempfile
 from typing import Any
 
-from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.censuschat.infra.plugins.module_utils.kube.client import ApiError, Client
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+from ansible_collections.censuschat.infra.plugins.module_utils.kube.client import MISSING, ApiError, Client
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.kubeconfig import load
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import KubeError
 from ansible_collections.censuschat.infra.plugins.module_utils.platform_objects.access import GRANT_TYPE
@@ -197,6 +199,8 @@ def main() -> None:
         required_if=[("state", "granted", ("name", "reason", "dest"))],
         supports_check_mode=True,
     )
+    if MISSING:
+        module.fail_json(msg=missing_required_lib("urllib3"), exception=MISSING)
     try:
         client = Client(load(module.params["kubeconfig"] or "", module.params["context"]))
         if module.params["state"] == "granted":

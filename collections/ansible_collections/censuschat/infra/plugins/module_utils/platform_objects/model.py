@@ -736,8 +736,8 @@ def _check(platform: Platform, problems: Problems) -> None:
     for service in platform.services:
         where = f"platform.services.{service.name} in {service.namespace}"
         if service.node_port is not None:
-            other = ports.setdefault(service.node_port, service.name)
-            if other != service.name:
+            other = ports.setdefault(service.node_port, f"{service.namespace}/{service.name}")
+            if other != f"{service.namespace}/{service.name}":
                 problems.add(where, f"node_port {service.node_port} is taken by {other}")
             if not 30000 <= service.node_port <= 32767:
                 problems.add(where, f"node_port {service.node_port} is outside 30000-32767")
