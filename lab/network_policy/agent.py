@@ -52,15 +52,36 @@ class Config(NamedTuple):
 
     @property
     def saved(self) -> pathlib.Path:
+        """The last table of this boot. The directory goes with the boot."""
         return pathlib.Path(self.run_directory) / "table.nft"
+
+    @property
+    def began(self) -> pathlib.Path:
+        """As old as this boot's first table: what is older was before."""
+        return pathlib.Path(self.run_directory) / "began"
+
+    @property
+    def closed(self) -> str:
+        return table.render(closed(self.pod_cidr))
+
+
+def standing(config: Config) -> str:
+    """The table to begin with: the last one of this boot, or the closed one."""
+    with contextlib.suppress(OSError):
+        return config.saved.read_text(encoding="utf-8")
+    return config.closed
 
 
 def load(config: Config) -> None:
-    """Has a table in the kernel before the first pod: the last one of this boot, or the closed one."""
-    text = table.render(closed(config.pod_cidr))
-    with contextlib.suppress(OSError):
-        text = config.saved.read_text(encoding="utf-8")
-    table.load(text)
+    """Has a table in the kernel before the first pod."""
+    table.load(standing(config))
+    begin(config)
+
+
+def begin(config: Config) -> None:
+    """Notes the moment from which this boot's pods have their addresses, once."""
+    with contextlib.suppress(FileExistsError):
+        config.began.touch(exist_ok=False)
 
 
 class Agent:
@@ -99,8 +120,10 @@ class Agent:
                 self._routes = want
         namespaces, pods, policies = self.namespaces.snapshot(), self.pods.snapshot(), self.policies.snapshot()
         if namespaces is None or pods is None or policies is None:
-            return "waiting for the API; " + ("the last table holds" if self._mark else "closed")
-        leases = cni.leases(pathlib.Path(self.config.results_directory))
+            shut = self._mark == table.mark_of(self.config.closed)
+            return "waiting for the API; " + ("closed" if shut else "the last table holds")
+        began = self.config.began.stat().st_mtime
+        leases = cni.leases(pathlib.Path(self.config.results_directory), began)
         known = model.Cluster(
             self.config.pod_cidr,
             nodes,
@@ -125,6 +148,7 @@ def run(config: Config) -> None:
     agent = Agent(config, lambda: os.eventfd_write(bell, 1))
     pathlib.Path(config.results_directory).mkdir(parents=True, exist_ok=True, mode=0o700)
     given = _watch_directory(config.results_directory)
+    begin(config)
     agent.start()
     tell("READY=1")
     told, failed = "", ""

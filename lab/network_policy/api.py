@@ -66,7 +66,7 @@ class Access(NamedTuple):
         if answer.status == http.client.GONE:
             raise Gone(path)
         if answer.status != http.client.OK:
-            raise Refused(f"GET {path}: {answer.status} {answer.read(500).decode(errors='replace')}")
+            raise Refused(f"GET {path}: {answer.status} {_message(answer.read(2000))}")
         return answer
 
 
@@ -164,6 +164,14 @@ class Copy(Generic[Value]):
             if before != after:
                 self._changed()
         self._version = said["metadata"]["resourceVersion"]
+
+
+def _message(said: bytes) -> str:
+    """What a Status object says, or the beginning of anything else."""
+    try:
+        return str(json.loads(said)["message"])
+    except (ValueError, KeyError, TypeError):
+        return said[:200].decode(errors="replace")
 
 
 def _lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:

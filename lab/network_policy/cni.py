@@ -38,12 +38,17 @@ def configuration(pod_cidr: str) -> str:
     return json.dumps({"cniVersion": "1.0.0", "name": NETWORK, "plugins": plugins}, indent=2) + "\n"
 
 
-def leases(directory: pathlib.Path) -> list[Lease]:
-    """What libcni has kept of its successful calls, oldest first. A file is gone when its pod's network is."""
+def leases(directory: pathlib.Path, since: float = 0.0) -> list[Lease]:
+    """What libcni has kept of its successful calls since a moment, oldest first.
+
+    A file is gone when its pod's network is; those of pods that a reboot ended stay for a while and count for nothing.
+    """
     found = []
     for path in directory.glob(f"{NETWORK}-*"):
         try:
             given = path.stat().st_mtime
+            if given < since:
+                continue
             kept = json.loads(path.read_text(encoding="utf-8"))
             said = {entry[0]: entry[1] for entry in kept.get("cniArgs") or ()}
             addresses = [entry["address"].partition("/")[0] for entry in kept["result"].get("ips") or ()]

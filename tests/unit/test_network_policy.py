@@ -293,6 +293,8 @@ def test_leases_are_what_libcni_has_kept_of_this_network(tmp_path: Path) -> None
         cni.Lease("10.78.0.2", "shop", "a", "u1", 10.0),
         cni.Lease("10.78.0.3", "shop", "b", "u2", 20.0),
     ]
+    # Of an earlier boot.
+    assert [lease.name for lease in cni.leases(tmp_path, since=15.0)] == ["b"]
     assert cni.leases(tmp_path / "nowhere") == []
 
 
