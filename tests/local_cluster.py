@@ -53,11 +53,6 @@ _SIGNS = x509.KeyUsage(
 )
 
 _KWOK = """\
-kind: KwokConfiguration
-apiVersion: config.kwok.x-k8s.io/v1alpha1
-options:
-  enableCRDs: []
----
 kind: Stage
 apiVersion: kwok.x-k8s.io/v1alpha1
 metadata: {name: node-initialize}
