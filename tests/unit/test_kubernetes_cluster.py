@@ -35,7 +35,7 @@ def test_member_plan(case: dict[str, Any]) -> None:
     seen = {"seen": Seen(case["observed"].get("seen", "not asked"))}
     remains = {"remains": tuple(case["observed"].get("remains", ()))}
     observed = Observed(**{**case["observed"], **seen, **remains})
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in case.get("peers", {}).items()}
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in case.get("peers", {}).items()}
     peers = Peers(**known) if known else None
     if "step" in case:
         step, why = plan(wanted, observed, peers)
@@ -59,8 +59,8 @@ def test_preflight(case: dict[str, Any]) -> None:
         load_balancers=(),
         version="1.35.4",
     )
-    listed = {k: tuple(v) if isinstance(v, list) else v for k, v in case.get("wanted", {}).items()}
-    facts = {"addresses": ("10.0.0.1",), **case.get("facts", {})}
+    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in case.get("wanted", {}).items()}
+    facts: dict[str, Any] = {"addresses": ("10.0.0.1",), **case.get("facts", {})}
     facts = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
     found = preflight.problems(dataclasses.replace(wanted, **listed), preflight.Facts(**facts))
     assert len(found) == len(case["problems"]), found
