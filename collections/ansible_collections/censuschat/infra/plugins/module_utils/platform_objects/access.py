@@ -118,7 +118,9 @@ def _admission(
     access: Access, name: str, resources: list[str], operations: list[str], validations: Sequence[tuple[str, str]]
 ) -> Iterator[Manifest]:
     version = "admissionregistration.k8s.io/v1"
-    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": operations, "resources": resources}
+    # With its defaults spelt out: the API server counts the whole of matchConstraints as one field, and a second run
+    # would otherwise seem to change it.
+    rule = {"apiGroups": [""], "apiVersions": ["v1"], "operations": operations, "resources": resources, "scope": "*"}
     yield {
         "apiVersion": version,
         "kind": "ValidatingAdmissionPolicy",
@@ -126,6 +128,8 @@ def _admission(
         "spec": {
             "failurePolicy": "Fail",
             "matchConstraints": {
+                "matchPolicy": "Equivalent",
+                "objectSelector": {},
                 "resourceRules": [rule],
                 "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": access.namespace}},
             },
