@@ -87,7 +87,7 @@ class Report:
 
     @property
     def changed(self) -> bool:
-        return any(o.result in (CREATED, CONFIGURED, PRUNED, REMOVED, RESTORED) for o in self.outcomes)
+        return any(o.result in (CREATED, CONFIGURED, PRUNED) for o in self.outcomes)
 
     def diff(self) -> list[dict[str, Any]]:
         """Before and after of every object that changed; Secrets without their values."""
@@ -618,7 +618,7 @@ def explain(error: ApiError, wanted: Wanted, manager: str) -> str:
         return f"{owned}; take the fields out of the manifest, or take them over with force_conflicts: true"
     text = " ".join(error.message.split())
     if error.status == 422 and error.causes:
-        found = [f"{c.get('field')}: {' '.join(str(c.get('message', '')).split())}" for c in error.causes]
+        found = [f"{str(c.get('field')).replace('[]', 'the object')}: {' '.join(str(c.get('message', '')).split())}" for c in error.causes]
         text = "; ".join(dict.fromkeys(found))
         if "immutable" in text or "may not be changed" in text or "forbidden: updates to" in text.lower():
             text += "; this field cannot be changed: put the old value back, or delete the object and apply again"

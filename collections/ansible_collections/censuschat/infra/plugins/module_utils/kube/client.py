@@ -276,8 +276,10 @@ class Client:
 
 
 def _final(error: ApiError) -> bool:
-    """Whether a 5xx or 429 says that asking again does not help."""
-    return error.status == 500 and error.reason not in ("InternalError", "ServerTimeout", "Timeout", "")
+    """Whether asking again does not help: 500 is also what the API answers to objects that it cannot convert."""
+    if error.status != 500 or error.reason in ("InternalError", "ServerTimeout", "Timeout"):
+        return False
+    return not any(word in error.message for word in ("etcdserver", "rpc error", "deadline", "timeout", "HTTP 500"))
 
 
 def _proxy(scheme: str, host: str) -> str:

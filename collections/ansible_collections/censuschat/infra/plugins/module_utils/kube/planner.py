@@ -212,6 +212,9 @@ def _normal(body: Document, namespace: str) -> Document:
         metadata["namespace"] = namespace
     if metadata.get("creationTimestamp", 0) is None:
         del metadata["creationTimestamp"]
+    if body["kind"] == "Namespace" and body["apiVersion"] == "v1":
+        # The API adds it in any case; unless it is ours, the second apply changes the owners of fields.
+        metadata["labels"] = {**(metadata.get("labels") or {}), "kubernetes.io/metadata.name": metadata["name"]}
     sent = {**body, "metadata": metadata}
     texts = body.get("stringData")
     if body["kind"] == "Secret" and body["apiVersion"] == "v1" and isinstance(texts, dict):
