@@ -154,6 +154,10 @@ member:
   description: Whether the node was a member before this call.
   returned: always
   type: bool
+registered:
+  description: Whether its kubelet runs and the cluster knows the node.
+  returned: always
+  type: bool
 """
 
 import time
@@ -162,6 +166,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.kubernetes.member import (
     IN_TURN,
     Peers,
+    Seen,
     Step,
     Wanted,
     plan,
@@ -189,7 +194,7 @@ def run(module: AnsibleModule) -> dict[str, object]:
     host = Host(p["name"])
     observed = host.observe(time.monotonic() + p["api_wait_s"], members=not wanted.present)
     step, why = plan(wanted, observed, peers if p["turn"] else None)
-    waits = step in IN_TURN and not p["turn"]
+    waits = (step in IN_TURN or step is Step.RESET) and not p["turn"]
     if step is not Step.NOTHING and not waits and not module.check_mode:
         if step in (Step.JOIN, Step.REJOIN) and not (p["join"] or {}).get("token"):
             raise NodeError(f"{p['name']} has to join ({why}): join needs a token of kubernetes_join_material")
@@ -200,6 +205,7 @@ def run(module: AnsibleModule) -> dict[str, object]:
         "step": step.value,
         "why": why,
         "member": observed.joined and not observed.pending,
+        "registered": observed.seen is Seen.REGISTERED,
         "diff": {"before": "", "after": f"{step.value}: {why}\n" if changed else ""},
         # The parameters hold what nobody else may know.
         "invocation": {"module_args": {"name": p["name"], "state": p["state"], "role": p["role"], "turn": p["turn"]}},
