@@ -418,25 +418,15 @@ class OnCall:
 
     def module(self, **arguments: Any) -> dict[str, Any]:
         """The module's result."""
-        text = json.dumps({"kubeconfig": str(self.kubeconfig), **arguments})
         done = subprocess.run(
-            [
-                *(Path(sys.executable).parent / "ansible", "localhost", "-i", "localhost,", "-c", "local"),
-                *("-e", f"ansible_python_interpreter={sys.executable}"),
-                *("-m", "censuschat.infra.k8s_break_glass", "-a", text),
-            ],
-            cwd=REPO,
-            env={
-                **os.environ,
-                "ANSIBLE_LOAD_CALLBACK_PLUGINS": "true",
-                "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
-            },
+            [sys.executable, "-m", "ansible_collections.censuschat.infra.plugins.modules.k8s_break_glass"],
+            input=json.dumps({"ANSIBLE_MODULE_ARGS": {"kubeconfig": str(self.kubeconfig), **arguments}}),
+            env={**os.environ, "PYTHONPATH": str(REPO / "collections")},
             capture_output=True,
             text=True,
             timeout=60,
         )
-        data = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])[0]
-        result: dict[str, Any] = data["plays"][0]["tasks"][0]["hosts"]["localhost"]
+        result: dict[str, Any] = json.loads(done.stdout)
         return result
 
     def kubectl(
