@@ -17,8 +17,9 @@ from lab.programs.progress import Job
 
 #: Go's own installation directory, often not on root's PATH.
 USUAL = Path("/usr/local/go/bin/go")
-#: No symbol table, no debug information: half the size.
+#: No symbol table, no debug information: half the size. Not compiled in the first place: a fifth less CPU time.
 LINK = "-s -w"
+COMPILE = "all=-dwarf=false"
 
 
 def find_go() -> str:
@@ -99,6 +100,8 @@ def commands(go: str, component: Component, version: str, target: Path) -> list[
         "-mod=readonly",
         "-trimpath",
         "-buildvcs=false",
+        "-gcflags",
+        COMPILE,
         "-ldflags",
         linker(component, version),
     )

@@ -148,6 +148,7 @@ def prepare(minor: str, only: str = "main", source: str = "auto", tell: Say = sa
         todo = missing(wanted, state(directory), complete(place))
         if todo:
             ways = choose(todo, source)
+            room(place, [part for part in todo if ways.get(part.name) == "source"])
             provide(todo, place.logs / "packages.log", tell)
             tell(f"programs: {title}, {len(todo)} of {len(wanted)} parts to make in {place.root}")
             maker = Maker(place, arch, tell, lock, exact, ways, {part.name: part for part in wanted})
@@ -176,6 +177,16 @@ def choose(todo: Sequence[Part], source: str) -> dict[str, str]:
         why = "upstream's download site cannot be reached and " if source == "auto" and not online else ""
         raise Unprepared(f"{', '.join(built)} cannot be built: {why}{problem}")
     return ways
+
+
+def room(place: Place, built: Sequence[Part]) -> None:
+    """Raises Unprepared when a build would fill the disk."""
+    free = shutil.disk_usage(place.root).free >> 30
+    if built and free < DISK:
+        raise Unprepared(
+            f"building {', '.join(part.name for part in built)} takes up to {DISK} GiB of disk for a while, "
+            f"{place.root} has {free}; free some, or set CENSUSCHAT_CACHE to a directory elsewhere"
+        )
 
 
 def tools(todo: Sequence[Part], present: Callable[[str], bool]) -> tuple[str, ...]:

@@ -351,6 +351,15 @@ def test_an_old_go_is_refused_before_anything_is_built(go: Path) -> None:
     assert built(go) == []
 
 
+def test_a_full_disk_is_seen_before_a_build_fills_it(go: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "DISK", 1 << 40)
+    with pytest.raises(
+        Unprepared, match=r"building containerd, .* takes up to .* GiB of disk for a while, .* has \d+;"
+    ):
+        programs.prepare("1.35")
+    assert built(go) == []
+
+
 def test_online_what_upstream_publishes_is_downloaded_and_the_rest_built(
     go: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
