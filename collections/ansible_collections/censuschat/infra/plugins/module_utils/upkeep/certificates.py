@@ -264,9 +264,7 @@ def _refuse_second_outage(component: str, config: Config) -> None:
         others = [url for m in static_pods.members(local) for url in m.client_urls[:1] if m.name != config.node]
         ill = sorted(url for url, well in static_pods.healthy(others).items() if not well)
         if ill:
-            raise UpkeepError(
-                f"etcd is not restarted here while {', '.join(ill)} does not serve: repair that member first"
-            )
+            raise UpkeepError(f"etcd is not restarted here while {', '.join(ill)} does not serve: repair it first")
     elif component == APISERVER:
         for address in config.others:
             why = static_pods.api_ready(address, config.api_port)
@@ -276,19 +274,14 @@ def _refuse_second_outage(component: str, config: Config) -> None:
 
 def _wait_serving(component: str, config: Config) -> None:
     """Wait until the restarted component serves; those that nobody asks only have to run."""
-    last = [""]
-
-    def serves() -> bool:
-        if component == ETCD:
-            well = static_pods.healthy(["https://127.0.0.1:2379"])
-            last[0] = "" if all(well.values()) else "it gives no answer that needs the quorum"
-        elif component == APISERVER:
-            last[0] = static_pods.api_ready("127.0.0.1", config.api_port)
-        return not last[0]
-
-    if not static_pods.wait_for(serves, config.wait_s):
+    if component == APISERVER:
+        static_pods.wait_api(config.node, config.wait_s, config.api_port)
+    elif component == ETCD and not static_pods.wait_for(
+        lambda: all(static_pods.healthy(["https://127.0.0.1:2379"]).values()), config.wait_s
+    ):
         raise UpkeepError(
-            f"{component} runs with its new certificate and does not serve after {config.wait_s:.0f} s: {last[0]}"
+            f"etcd runs with its new certificate and has no quorum after {config.wait_s:.0f} s: renew "
+            "on the other control planes too"
         )
 
 

@@ -21,6 +21,7 @@ from .common import UpkeepError, must, run, write_whole
 from .static_pods import APISERVER, ETCD, MANIFESTS, Member, etcdctl
 
 DATA = Path("/var/lib/etcd")
+ASIDE = Path("/etc/kubernetes/etcd-rejoin")
 LOCAL = "https://127.0.0.1:2379"
 _FLAG = re.compile(r"^(?P<indent>\s*- )--(?P<name>[a-z-]+)=(?P<value>.*)$", re.MULTILINE)
 
@@ -51,6 +52,8 @@ class Observed:
     empty: bool
     known: tuple[Member, ...] | None
     serving: frozenset[str]
+    held: bool = False
+    """An interrupted run set its manifest aside."""
 
 
 def plan(name: str, peer_url: str, observed: Observed, *, discard: bool = False) -> tuple[Step, str]:
@@ -66,6 +69,8 @@ def plan(name: str, peer_url: str, observed: Observed, *, discard: bool = False)
         if ill:
             raise UpkeepError(f"{name} is not restarted while {', '.join(ill)} does not serve: repair it first")
         return Step.GUARD, "its manifest would let an emptied disk found a new cluster"
+    if observed.held and not observed.empty:
+        return Step.GUARD, "an interrupted run held it back"
     if observed.known is None:
         raise UpkeepError(
             f"{name} does not serve and neither do enough others for a quorum: start the others, or restore all of "
@@ -135,8 +140,8 @@ def with_flags(manifest: str, values: Mapping[str, str]) -> str:
 
 def observe(name: str, others: Mapping[str, str]) -> Observed:
     """others: client URLs of the other control planes' members by name."""
-    path = MANIFESTS / "etcd.yaml"
-    manifest = path.read_text(encoding="utf-8") if path.is_file() else ""
+    path = next((d / "etcd.yaml" for d in (MANIFESTS, ASIDE) if (d / "etcd.yaml").is_file()), None)
+    manifest = path.read_text(encoding="utf-8") if path else ""
     serves = bool(manifest) and static_pods.healthy([LOCAL])[LOCAL]
     # Asked through the others when this one does not serve: it may be alone in a cluster of its own.
     known = _known([LOCAL] if serves else list(others.values()))
@@ -149,6 +154,7 @@ def observe(name: str, others: Mapping[str, str]) -> Observed:
         empty=not serves and is_empty(DATA),
         known=known,
         serving=frozenset(n for n, url in urls.items() if well[url]) | (frozenset([name]) if serves else frozenset()),
+        held=path is not None and path.parent == ASIDE,
     )
 
 
@@ -175,13 +181,15 @@ def apply(
     step: Step, name: str, peer_url: str, observed: Observed, *, wait_s: float, others: Mapping[str, str]
 ) -> None:
     """Carry out the step and wait until the member serves."""
-    path = MANIFESTS / "etcd.yaml"
     if step is Step.NOTHING:
         return
-    aside = Path("/etc/kubernetes/etcd-rejoin")
+    old = static_pods.find(ETCD)
+    # A lone API server goes with its etcd: while it hangs, the kubelet waits for it and starts nothing.
+    parts = [ETCD] if others else [APISERVER, ETCD]
+    static_pods.hold_back(parts, ASIDE, wait_s)
+    path = ASIDE / "etcd.yaml"
     values = {"initial-cluster-state": "existing"}
     if step in (Step.REJOIN, Step.START):
-        static_pods.hold_back([ETCD], aside, wait_s)
         endpoints = ",".join(others.values())
         if step is Step.REJOIN:
             for member in observed.known or ():
@@ -195,27 +203,19 @@ def apply(
         known = static_pods.members(endpoints)
         places = {(m.name or name): m.peer_urls[0] for m in known}
         values["initial-cluster"] = ",".join(f"{n}={url}" for n, url in sorted(places.items()))
-        path = aside / path.name
-    old = static_pods.find(ETCD)
     write_whole(path, with_flags(path.read_text(encoding="utf-8"), values))
-    static_pods.let_run([ETCD], aside)
+    static_pods.let_run(parts, ASIDE)
 
     def serves() -> bool:
         process = static_pods.find(ETCD)
-        fresh = process is not None and (old is None or process.pid != old.pid)
-        api = static_pods.find(APISERVER)
-        return (
-            fresh
-            and static_pods.healthy([LOCAL])[LOCAL]
-            # The API server beside it has to find it again.
-            and (api is None or not static_pods.api_ready("127.0.0.1", int(api.flag("secure-port", "6443"))))
-        )
+        return process is not None and process != old and static_pods.healthy([LOCAL])[LOCAL]
 
     if not static_pods.wait_for(serves, wait_s):
         raise UpkeepError(
             f"{name} does not serve {wait_s:.0f} s after `{step.value}`: look at /var/log/pods/kube-system_etcd-*. "
             "A second run goes on from here"
         )
+    static_pods.wait_api(name, wait_s)
 
 
 def remove(member: Member) -> None:

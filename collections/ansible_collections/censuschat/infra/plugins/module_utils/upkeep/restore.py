@@ -192,14 +192,7 @@ def start(wanted: Wanted, observed: Observed, wait_s: float, api_port: int) -> d
             "/var/log/pods/kube-system_etcd-*; a second run with the same id goes on from here"
         )
     static_pods.let_run(COMPONENTS, ASIDE)
-    why = [""]
-
-    def ready() -> bool:
-        why[0] = static_pods.api_ready("127.0.0.1", api_port)
-        return not why[0]
-
-    if not static_pods.wait_for(ready, wait_s):
-        raise UpkeepError(f"the API server of {wanted.name} is not ready after {wait_s:.0f} s: {why[0]}")
+    static_pods.wait_api(wanted.name, wait_s, api_port)
     read = prove_readable(f"https://127.0.0.1:{api_port}")
     _note(State(wanted.token, restored=True, finished=True))
     return read

@@ -12,13 +12,14 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import signal
 import ssl
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .common import UpkeepError, run
+from .common import UpkeepError, run, write_whole
 
 MANIFESTS = Path("/etc/kubernetes/manifests")
 PKI = Path("/etc/kubernetes/pki")
@@ -26,6 +27,12 @@ APISERVER, ETCD = "kube-apiserver", "etcd"
 # etcd first: the API server needs it; the others need the API server.
 COMPONENTS = (ETCD, APISERVER, "kube-controller-manager", "kube-scheduler")
 _POLL_S = 0.2
+# An API server that was told to end closes its port at once and then waits a minute for open watches.
+_DRAIN_S = 10.0
+# The kubelet waits up to five minutes before it starts a container again that ended a few times of late.
+_BACK_OFF_S = 12.0
+ANNOTATION = "censuschat.infra/restarted"
+_RESTARTED = re.compile(rf"^ +{re.escape(ANNOTATION)}:.*\n", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +91,54 @@ def wait_for(what: Callable[[], bool], budget_s: float) -> bool:
     return True
 
 
+def end(process: Process, component: str) -> None:
+    """Tell a process to end, and see to it: all but etcd, which is always waited for, are killed after their drain."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGTERM)
+        if component != ETCD and not wait_for(lambda: _gone(process), _DRAIN_S):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def _gone(process: Process) -> bool:
+    now = find(process.argv[0].rpartition("/")[2])
+    return now is None or now.pid != process.pid
+
+
 def restart(component: str, budget_s: float) -> None:
     """Have the kubelet start the component's container again; returns when another process runs."""
     old = find(component)
     if old is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(old.pid, signal.SIGTERM)
+        end(old, component)
 
     def replaced() -> bool:
         new = find(component)
         return new is not None and (old is None or new.pid != old.pid)
 
+    if not wait_for(replaced, min(_BACK_OFF_S, budget_s)):
+        renew_pod(component)
     if not wait_for(replaced, budget_s):
         raise UpkeepError(
             f"the kubelet did not start {component} again within {budget_s:.0f} s: look at `journalctl -u kubelet` and "
             f"/var/log/pods/kube-system_{component}-*"
         )
+
+
+def renew_pod(component: str) -> None:
+    """Have the kubelet make a new pod of the manifest, for which no back-off counts. An interruption leaves it valid.
+
+    Restarting the kubelet would forget the back-off too, but one that starts while the API hangs mounts nothing for
+    minutes (seen with 1.35.4: "unmounted volumes ... context deadline exceeded").
+    """
+    path = MANIFESTS / f"{component}.yaml"
+    text = _RESTARTED.sub("", path.read_text(encoding="utf-8"))
+    stamp = f'{ANNOTATION}: "{time.time():.3f}"'
+    if "\n  annotations:\n" in text:
+        text = text.replace("\n  annotations:\n", f"\n  annotations:\n    {stamp}\n", 1)
+    elif "\nmetadata:\n" in text:
+        text = text.replace("\nmetadata:\n", f"\nmetadata:\n  annotations:\n    {stamp}\n", 1)
+    else:
+        raise UpkeepError(f"{path} is not a manifest that kubeadm wrote; restart the pod by hand")
+    write_whole(path, text)
 
 
 def hold_back(components: Sequence[str], aside: Path, budget_s: float) -> None:
@@ -109,6 +148,10 @@ def hold_back(components: Sequence[str], aside: Path, budget_s: float) -> None:
         manifest = MANIFESTS / f"{component}.yaml"
         if manifest.is_file():
             manifest.replace(aside / manifest.name)
+    for component in components:
+        process = find(component)
+        if process is not None:
+            end(process, component)
     left = list(components)
 
     def gone() -> bool:
@@ -141,6 +184,23 @@ def api_ready(address: str, port: int = 6443, ca: Path = PKI / "ca.crt", timeout
             return "" if answer.status == 200 else f"/readyz answers {answer.status}"
     except (OSError, http.client.HTTPException) as error:
         return str(error)
+
+
+def wait_api(name: str, budget_s: float, port: int = 6443) -> None:
+    """Wait until this node's API server is ready, past a back-off that it earned while it had no etcd."""
+    last = [""]
+
+    def ready() -> bool:
+        last[0] = api_ready("127.0.0.1", port)
+        return not last[0]
+
+    if not wait_for(ready, min(_BACK_OFF_S, budget_s)) and find(APISERVER) is None:
+        renew_pod(APISERVER)
+    if not wait_for(ready, budget_s):
+        raise UpkeepError(
+            f"the API server of {name} is not ready after {budget_s:.0f} s: {last[0]}. Look at "
+            "/var/log/pods/kube-system_kube-apiserver-*; a second run goes on from here"
+        )
 
 
 def etcdctl(*words: str, endpoints: str = "https://127.0.0.1:2379") -> list[str]:
