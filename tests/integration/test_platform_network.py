@@ -19,7 +19,7 @@ from lab.topology import Topology
 from tests.platform_catalogue import catalogue, site
 from tests.pods import Ask, Pods, ProbePod
 
-REGION = "us-east-1"
+REGION = "us-west-2"
 PREFIX = "platform-"
 #: The services' port, and one on which only whole namespaces are opened.
 SERVED, OTHER = 8080, 9999

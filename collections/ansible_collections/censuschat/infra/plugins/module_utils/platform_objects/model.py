@@ -743,7 +743,7 @@ def _check(platform: Platform, problems: Problems) -> None:
                 problems.add(where, f"node_port {service.node_port} is outside 30000-32767")
         if service.priority and service.priority not in priorities:
             problems.add(where, f"priority {service.priority} is not among {', '.join(sorted(priorities))}")
-        names = [path.replace("/", "__") for path, _ in service.files]
+        names = [path.replace("/", "__") for path in dict(service.files)]
         for name in sorted({name for name in names if names.count(name) > 1}):
             problems.add(where, f"two of its files would both be kept as {name}")
         _check_resources(where, service, platform.ranges[service.kind], problems)

@@ -49,7 +49,9 @@ def objects(platform: Platform, service: Service) -> Iterator[Manifest]:
         if platform.on("keda"):
             yield _object(service, "keda.sh/v1alpha1", "ScaledObject", _keda(platform, service, service.scaling))
         else:
-            yield _object(service, "autoscaling/v2", "HorizontalPodAutoscaler", _hpa(platform, service))
+            yield _object(
+                service, "autoscaling/v2", "HorizontalPodAutoscaler", _hpa(platform, service, service.scaling)
+            )
     if service.vertical and platform.on("vpa"):
         yield _object(service, "autoscaling.k8s.io/v1", "VerticalPodAutoscaler", _vpa(service, service.vertical))
 
@@ -190,7 +192,7 @@ def _secret(service: Service) -> str:
 def _volumes(service: Service) -> list[dict[str, Any]]:
     volumes: list[dict[str, Any]] = []
     if service.files:
-        items = [{"key": key_of(path), "path": path} for path, _ in service.files]
+        items = [{"key": key_of(path), "path": path} for path in dict(service.files)]
         volumes.append({"name": "files", "configMap": {"name": service.name, "items": items}})
     if _secret(service):
         volumes.append({"name": "secrets", "secret": {"secretName": _secret(service), "defaultMode": 0o440}})
@@ -241,9 +243,7 @@ def _behavior(scaling: Scaling) -> dict[str, Any]:
     }
 
 
-def _hpa(platform: Platform, service: Service) -> dict[str, Any]:
-    scaling = service.scaling
-    assert scaling is not None
+def _hpa(platform: Platform, service: Service, scaling: Scaling) -> dict[str, Any]:
     return {
         "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": service.name},
         "minReplicas": service.replicas(platform.active),
@@ -293,8 +293,8 @@ def _vpa(service: Service, vertical: Vertical) -> dict[str, Any]:
     if chosen:
         policy |= {
             "controlledResources": list(chosen),
-            "minAllowed": {name: low for name, (low, _) in chosen.items()},
-            "maxAllowed": {name: high for name, (_, high) in chosen.items()},
+            "minAllowed": {name: bound[0] for name, bound in chosen.items()},
+            "maxAllowed": {name: bound[1] for name, bound in chosen.items()},
         }
     return {
         "targetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": service.name},
