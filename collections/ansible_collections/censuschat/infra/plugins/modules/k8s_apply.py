@@ -46,12 +46,14 @@ options:
     elements: str
     default: []
   template:
-    description: Templates of manifests, searched for like those of M(ansible.builtin.template) and rendered on the controller.
+    description:
+      - Templates of manifests, searched for like those of M(ansible.builtin.template) and rendered on the controller.
     type: list
     elements: str
     default: []
   kustomize:
-    description: Directory of a kustomization, built with C(kustomize) or C(kubectl kustomize) on the host the task runs on.
+    description:
+      - Directory of a kustomization, built with C(kustomize) or C(kubectl kustomize) on the host the task runs on.
     type: path
   namespace:
     description:
@@ -78,8 +80,8 @@ options:
     default: false
   delete_named:
     description:
-      - Namespaces and CustomResourceDefinitions that O(prune) or O(rollback_on_failure) may delete, as C(Namespace/NAME)
-        or C(CustomResourceDefinition/NAME).
+      - Namespaces and CustomResourceDefinitions that O(prune) or O(rollback_on_failure) may delete, as
+        C(Namespace/NAME) or C(CustomResourceDefinition/NAME).
     type: list
     elements: str
     default: []
@@ -88,7 +90,8 @@ options:
     type: str
     default: censuschat-infra
   force_conflicts:
-    description: Take fields over that belong to another manager. Otherwise they are a failure that names field and manager.
+    description:
+      - Take fields over that belong to another manager. Otherwise they are a failure that names field and manager.
     type: bool
     default: false
   preflight:

@@ -96,7 +96,12 @@ class Report:
             if outcome.result in (CREATED, CONFIGURED, PRUNED):
                 before, after = diff_pair(outcome.before, outcome.after)
                 found.append(
-                    {"before_header": str(outcome.key), "after_header": str(outcome.key), "before": before, "after": after}
+                    {
+                        "before_header": str(outcome.key),
+                        "after_header": str(outcome.key),
+                        "before": before,
+                        "after": after,
+                    }
                 )
         return found
 
@@ -317,18 +322,14 @@ class Applier:
             else:
                 # A dry run stores nothing, so its answer may carry the stored version.
                 same = (
-                    _equal_but_version(live.body, after)
-                    if dry_run
-                    else metadata.get("resourceVersion") == live.version
+                    _equal_but_version(live.body, after) if dry_run else metadata.get("resourceVersion") == live.version
                 )
                 result = UNCHANGED if same else CONFIGURED
         else:
             result = CONFIGURED
         return self._outcome(wanted, result, after=after)
 
-    def _outcome(
-        self, wanted: Wanted, result: str, *, message: str = "", after: Document | None = None
-    ) -> Outcome:
+    def _outcome(self, wanted: Wanted, result: str, *, message: str = "", after: Document | None = None) -> Outcome:
         outcome = Outcome(wanted.key, wanted.resource, result, str(wanted.source), message)
         outcome.uid = ((after or {}).get("metadata") or {}).get("uid", "")
         if result in (CREATED, CONFIGURED) and (self.options.diff or self.options.rollback):
@@ -443,7 +444,9 @@ class Applier:
         self._parent: Document | None = None
         if not self.apply_set:
             return
-        self._parent = self.client.get(f"/api/v1/namespaces/{self.apply_set.namespace}/configmaps/{self.apply_set.name}")
+        self._parent = self.client.get(
+            f"/api/v1/namespaces/{self.apply_set.namespace}/configmaps/{self.apply_set.name}"
+        )
         problem = self.apply_set.problem(self._parent) if self._parent else ""
         if problem:
             raise KubeError(problem)
@@ -517,7 +520,9 @@ class Applier:
                     found += [_member(resource, item) for item in page]
             except ApiError as error:
                 if error.status == 403 and resource.namespaced and not place:
-                    known = planner.recorded(self._parent, planner.NAMESPACES_OF) | {w.key.namespace for w in self.wanted}
+                    known = planner.recorded(self._parent, planner.NAMESPACES_OF) | {
+                        w.key.namespace for w in self.wanted
+                    }
                     places = sorted((known | {self.apply_set.namespace}) - {""})
                     continue
                 if error.status in (404, 405):
@@ -618,14 +623,19 @@ def explain(error: ApiError, wanted: Wanted, manager: str) -> str:
         return f"{owned}; take the fields out of the manifest, or take them over with force_conflicts: true"
     text = " ".join(error.message.split())
     if error.status == 422 and error.causes:
-        found = [f"{str(c.get('field')).replace('[]', 'the object')}: {' '.join(str(c.get('message', '')).split())}" for c in error.causes]
+        found = [
+            f"{str(c.get('field')).replace('[]', 'the object')}: {' '.join(str(c.get('message', '')).split())}"
+            for c in error.causes
+        ]
         text = "; ".join(dict.fromkeys(found))
         if "immutable" in text or "may not be changed" in text or "forbidden: updates to" in text.lower():
             text += "; this field cannot be changed: put the old value back, or delete the object and apply again"
         return text
     if "field not declared in schema" in text or "unknown field" in text:
         fields_named = text.partition("): ")[2] or text.partition("strict decoding error: ")[2] or text
-        return f"{fields_named} ({wanted.resource.api_version} has no such field; is it misspelt or in the wrong place?)"
+        return (
+            f"{fields_named} ({wanted.resource.api_version} has no such field; is it misspelt or in the wrong place?)"
+        )
     if error.status == 403 and "exceeded quota" in text:
         return f"{text.partition('forbidden: ')[2] or text}; ask for less, or raise the ResourceQuota"
     if error.status == 403 and "is being terminated" in text:
@@ -640,11 +650,7 @@ def explain(error: ApiError, wanted: Wanted, manager: str) -> str:
 
 
 def _not_served_yet(error: ApiError, wanted: Wanted, coming: frozenset[tuple[str, str]]) -> bool:
-    return (
-        error.status == 404
-        and (wanted.key.group, wanted.key.kind) in coming
-        and 'namespaces "' not in error.message
-    )
+    return error.status == 404 and (wanted.key.group, wanted.key.kind) in coming and 'namespaces "' not in error.message
 
 
 def _equal_but_version(before: Document | None, after: Document) -> bool:

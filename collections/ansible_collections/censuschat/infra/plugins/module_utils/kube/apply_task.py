@@ -130,7 +130,9 @@ def _kustomize(directory: str) -> bytes:
     standalone = shutil.which("kustomize")
     kubectl = shutil.which("kubectl")
     if not standalone and not kubectl:
-        raise KubeError("kustomize needs the program kustomize or kubectl on the host the task runs on; neither is there")
+        raise KubeError(
+            "kustomize needs the program kustomize or kubectl on the host the task runs on; neither is there"
+        )
     command = [standalone, "build", directory] if standalone else [str(kubectl), "kustomize", directory]
     try:
         done = subprocess.run(
@@ -144,9 +146,7 @@ def _kustomize(directory: str) -> bytes:
     return done.stdout
 
 
-def _options(
-    parameters: Mapping[str, Any], kinds: Kinds, namespace: str, *, check: bool, diff: bool
-) -> Options:
+def _options(parameters: Mapping[str, Any], kinds: Kinds, namespace: str, *, check: bool, diff: bool) -> Options:
     targets = []
     for number, entry in enumerate(parameters["wait_for"], 1):
         found = kinds.find(entry["api_version"], entry["kind"])

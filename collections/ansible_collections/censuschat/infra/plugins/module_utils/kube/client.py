@@ -114,18 +114,18 @@ class Client:
             else:
                 if answer.status < 300:
                     return _json(answer.data)
-                error = ApiError(answer.status, _json_or_empty(answer.data), _plain(answer.data))
+                refusal = ApiError(answer.status, _json_or_empty(answer.data), _plain(answer.data))
                 if answer.status == 401:
                     if renewed or not self.access.renewable:
-                        raise self._unauthorized(error, credential)
+                        raise self._unauthorized(refusal, credential)
                     self._renew(credential)
                     renewed = True
                     continue
                 delay = None
-                if retry and answer.status in _RETRIED and not _final(error):
+                if retry and answer.status in _RETRIED and not _final(refusal):
                     delay = self._pause(attempt, started, answer.headers.get("Retry-After"))
                 if delay is None:
-                    raise error
+                    raise refusal
             time.sleep(delay)
             attempt += 1
 
@@ -138,9 +138,9 @@ class Client:
                 return None
             raise
 
-    def pages(self, path: str, *, query: Mapping[str, Any] | None = None, accept: str = "application/json") -> Iterator[
-        list[dict[str, Any]]
-    ]:
+    def pages(
+        self, path: str, *, query: Mapping[str, Any] | None = None, accept: str = "application/json"
+    ) -> Iterator[list[dict[str, Any]]]:
         """The objects of a collection, a page at a time. A page that expired starts the collection again."""
         token, again = "", 0
         while True:

@@ -51,7 +51,10 @@ class Loader(_Base):  # type: ignore[misc]
 
 _BOOL = re.compile(r"^(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
 _INT = re.compile(r"^[-+]?(?:0b[01_]+|0o?[0-7_]+|0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
-_FLOAT = re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*\.(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$")  # noqa: E501
+_FLOAT = re.compile(
+    r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|[0-9][0-9_]*\.(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+)$"
+)
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _MERGE = re.compile(r"^<<$")
 
@@ -82,21 +85,23 @@ def _integer(loader: Any, node: Any) -> int:
 Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        before = content[: error.start].lstrip().removeprefix(b"---")
+        number = 1 + len(re.findall(rb"(?m)^---(?:\s|$)", before))
+        raise YamlProblem(
+            f"line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8", number
+        ) from error
+
+
 def load_yaml(content: bytes | str) -> list[Any]:
     """All documents of a text, empty ones as None; raises YamlProblem with the document's number."""
-    if isinstance(content, bytes):
-        try:
-            content = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            number = 1 + len(re.findall(rb"(?m)^---(?:\s|$)", content[: error.start].lstrip().removeprefix(b"---")))
-            raise YamlProblem(
-                f"line {line}: byte 0x{content[error.start]:02x} at offset {error.start} is not UTF-8; "
-                "save the file as UTF-8",
-                number,
-            ) from error
+    text = _decoded(content) if isinstance(content, bytes) else content
     documents: list[Any] = []
-    loader = Loader(content)
+    loader = Loader(text)
     try:
         while loader.check_data():
             documents.append(loader.get_data())

@@ -22,6 +22,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.kube.drain_plan i
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import Document, KubeError
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.waits import conditions
 
+_MANY = "more than one PodDisruptionBudget"
 _POLL_FIRST_S, _POLL_MOST_S = 0.2, 2.0
 _ASK_AGAIN_S = 1.0
 """How often an eviction that a budget forbids is asked for again."""
@@ -82,7 +83,9 @@ class Drainer:
         if refused:
             self.report.problems = [f"{p}: {p.why}" for p in refused]
             for pod in pods:
-                self._record(pod, "refused" if pod.fate == REFUSE else "skipped" if pod.fate == STAY else "left", pod.why)
+                self._record(
+                    pod, "refused" if pod.fate == REFUSE else "skipped" if pod.fate == STAY else "left", pod.why
+                )
             return self.report
         for pod in pods:
             if pod.fate == STAY:
@@ -110,9 +113,7 @@ class Drainer:
     def _cordon(self, closed: bool) -> None:
         query = {"fieldManager": self.options.manager, "dryRun": "All" if self.options.check else None}
         body = {"spec": {"unschedulable": closed or None}}
-        self.client.request(
-            "PATCH", f"/api/v1/nodes/{self.options.node}", query=query, body=body, content_type=MERGE
-        )
+        self.client.request("PATCH", f"/api/v1/nodes/{self.options.node}", query=query, body=body, content_type=MERGE)
         self.report.cordon = "cordoned" if closed else "uncordoned"
 
     # ---- its pods ----
@@ -129,7 +130,8 @@ class Drainer:
         left = {p.uid: p for p in pods}
         asked |= {p.uid for p in pods if p.fate == LEAVING}
         deadline = time.monotonic() + self.options.timeout
-        delay, again = _POLL_FIRST_S, 0.0
+        delay, again = _MANY = "more than one PodDisruptionBudget"
+_POLL_FIRST_S, 0.0
         bodies: dict[str, Document] = {}
         while left:
             if time.monotonic() >= again:
@@ -189,7 +191,7 @@ class Drainer:
         except ApiError as error:
             if error.status in (404, 409):
                 return "gone", ""
-            if error.status == 429 or error.status >= 500 and "more than one PodDisruptionBudget" not in error.message:
+            if error.status == 429 or (error.status >= 500 and "more than one PodDisruptionBudget" not in error.message):
                 causes = [c.get("message", "") for c in error.causes if c.get("reason") == "DisruptionBudget"]
                 return "blocked", "; ".join(causes) or error.message
             return "failed", error.message

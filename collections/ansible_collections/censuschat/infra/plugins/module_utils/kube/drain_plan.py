@@ -92,8 +92,8 @@ def budgets(pod: Document, all_budgets: Sequence[Document]) -> list[str]:
         if not selects((budget.get("spec") or {}).get("selector"), labels) or status.get("disruptionsAllowed"):
             continue
         found.append(
-            f"PodDisruptionBudget {metadata['namespace']}/{metadata['name']} (needs {status.get('desiredHealthy', '?')} "
-            f"healthy pods of {status.get('expectedPods', '?')} and has {status.get('currentHealthy', '?')})"
+            f"PodDisruptionBudget {metadata['namespace']}/{metadata['name']} "
+            f"(needs {status.get('desiredHealthy', '?')} healthy pods of {status.get('expectedPods', '?')} and has {status.get('currentHealthy', '?')})"
         )
     return found
 

@@ -145,7 +145,9 @@ def same(one: Any, other: Any) -> bool:
         )
     if isinstance(one, list):
         return (
-            isinstance(other, list) and len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+            isinstance(other, list)
+            and len(one) == len(other)
+            and all(same(a, b) for a, b in zip(one, other, strict=True))
         )
     return bool(one == other)
 

@@ -1,5 +1,5 @@
 # GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Pure plans of k8s_apply: from documents to a checked set in waves, and from an ApplySet's members to what is pruned."""
+"""Pure plans of k8s_apply: from documents to a checked set in waves, from an ApplySet's members to what goes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -80,10 +81,10 @@ def build(
     coming: set[tuple[str, str]] = set()
     for _source, body in objects:
         if body["kind"] == "CustomResourceDefinition" and str(body["apiVersion"]).startswith(f"{CRD_GROUP}/"):
-            for resource in defined_by(body):
-                if kinds.find(resource.api_version, resource.kind) is None:
-                    coming.add((resource.group, resource.kind))
-                    kinds.add([resource])
+            for brought in defined_by(body):
+                if kinds.find(brought.api_version, brought.kind) is None:
+                    coming.add((brought.group, brought.kind))
+                    kinds.add([brought])
     wanted: list[Wanted] = []
     first: dict[Key, Source] = {}
     for source, body in objects:
@@ -106,9 +107,7 @@ def build(
             continue
         if resource.namespaced and not namespace:
             namespace = default_namespace
-        one = Wanted(
-            Key(resource.group, resource.kind, namespace, name), resource, _normal(body, namespace), source
-        )
+        one = Wanted(Key(resource.group, resource.kind, namespace, name), resource, _normal(body, namespace), source)
         if one.key in first:
             problems.append(
                 f"{source}: {one.key} is given twice; the other is {first[one.key]}; take one of the two out"
@@ -164,10 +163,14 @@ def _shape(body: Any) -> str:
         return f"{body['kind']}: metadata is missing"
     name = metadata.get("name")
     if not name and metadata.get("generateName"):
-        return f"{body['kind']}: metadata.generateName cannot be applied, since each run would make another one; name it"
+        return (
+            f"{body['kind']}: metadata.generateName cannot be applied, since each run would make another one; name it"
+        )
     if not isinstance(name, str) or not name:
-        return f"{body['kind']}: metadata.name is missing" if name is None or name == "" else (
-            f"{body['kind']}: metadata.name must be text, not {_kind_of(name)}; put it in quotes"
+        return (
+            f"{body['kind']}: metadata.name is missing"
+            if name is None or name == ""
+            else (f"{body['kind']}: metadata.name must be text, not {_kind_of(name)}; put it in quotes")
         )
     if not _PATH_NAME.match(name):
         return f"{body['kind']}: metadata.name {name!r} cannot be a name (no slash, percent sign or blank)"
@@ -193,7 +196,7 @@ def _not_json(value: Any, path: str) -> str:
             if problem:
                 return problem
         return ""
-    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
         return f"{path} is {value}, which JSON has no number for"
     if value is None or isinstance(value, (str, int, float, bool)):
         return ""
@@ -217,18 +220,15 @@ def _normal(body: Document, namespace: str) -> Document:
         metadata["labels"] = {**(metadata.get("labels") or {}), "kubernetes.io/metadata.name": metadata["name"]}
     sent = {**body, "metadata": metadata}
     texts = body.get("stringData")
-    if body["kind"] == "Secret" and body["apiVersion"] == "v1" and isinstance(texts, dict):
-        if all(isinstance(v, str) for v in texts.values()):
-            del sent["stringData"]
-            sent["data"] = {
-                **(body.get("data") or {}),
-                **{k: base64.b64encode(v.encode()).decode() for k, v in texts.items()},
-            }
+    secret = body["kind"] == "Secret" and body["apiVersion"] == "v1"
+    if secret and isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values()):
+        del sent["stringData"]
+        encoded = {k: base64.b64encode(v.encode()).decode() for k, v in texts.items()}
+        sent["data"] = {**(body.get("data") or {}), **encoded}
     return sent
 
 
 def _size(body: Document) -> int:
-    # Most objects are far from the limit; repr is cheaper than JSON and never shorter by much.
     return len(json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
 
 
@@ -356,9 +356,7 @@ class Member:
     terminating: bool
 
 
-def prune(
-    members: Sequence[Member], wanted: Iterable[Key], named: Iterable[str]
-) -> tuple[list[Member], list[Member]]:
+def prune(members: Sequence[Member], wanted: Iterable[Key], named: Iterable[str]) -> tuple[list[Member], list[Member]]:
     """Members to delete and members to keep though they are no longer wanted, both in an order that is safe to follow.
 
     named: `Kind/name` or `Kind/namespace/name` of namespaces and CRDs that may go. What a controller made (and copied
