@@ -130,8 +130,7 @@ class Drainer:
         left = {p.uid: p for p in pods}
         asked |= {p.uid for p in pods if p.fate == LEAVING}
         deadline = time.monotonic() + self.options.timeout
-        delay, again = _MANY = "more than one PodDisruptionBudget"
-_POLL_FIRST_S, 0.0
+        delay, again = _POLL_FIRST_S, 0.0
         bodies: dict[str, Document] = {}
         while left:
             if time.monotonic() >= again:
@@ -191,7 +190,7 @@ _POLL_FIRST_S, 0.0
         except ApiError as error:
             if error.status in (404, 409):
                 return "gone", ""
-            if error.status == 429 or (error.status >= 500 and "more than one PodDisruptionBudget" not in error.message):
+            if error.status == 429 or (error.status >= 500 and _MANY not in error.message):
                 causes = [c.get("message", "") for c in error.causes if c.get("reason") == "DisruptionBudget"]
                 return "blocked", "; ".join(causes) or error.message
             return "failed", error.message

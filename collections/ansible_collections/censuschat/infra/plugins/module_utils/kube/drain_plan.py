@@ -93,7 +93,8 @@ def budgets(pod: Document, all_budgets: Sequence[Document]) -> list[str]:
             continue
         found.append(
             f"PodDisruptionBudget {metadata['namespace']}/{metadata['name']} "
-            f"(needs {status.get('desiredHealthy', '?')} healthy pods of {status.get('expectedPods', '?')} and has {status.get('currentHealthy', '?')})"
+            f"(needs {status.get('desiredHealthy', '?')} healthy pods of "
+            f"{status.get('expectedPods', '?')} and has {status.get('currentHealthy', '?')})"
         )
     return found
 

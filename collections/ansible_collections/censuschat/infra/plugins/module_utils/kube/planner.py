@@ -196,7 +196,7 @@ def _not_json(value: Any, path: str) -> str:
             if problem:
                 return problem
         return ""
-    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
+    if isinstance(value, float) and not math.isfinite(value):
         return f"{path} is {value}, which JSON has no number for"
     if value is None or isinstance(value, (str, int, float, bool)):
         return ""
