@@ -14,8 +14,13 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.controls imp
     catalogue,
     select,
 )
-from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import Hardening, Held, kernel_path
-from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_plan import Account, Facts
+from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import (
+    Hardening,
+    Held,
+    kernel_path,
+    read_document,
+)
+from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_plan import Account, Document, Facts
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError, PathState
 
 CASES = Path(__file__).parent / "cases"
@@ -53,6 +58,7 @@ def facts(data: dict[str, Any]) -> Facts:
             for p, s in data.get("permissions", {}).items()
         },
         accounts=tuple(Account(**a) for a in data.get("accounts", [])),
+        documents={tuple(d["paths"]): d["content"] for d in data.get("documents", [])},
     )
 
 
@@ -69,6 +75,7 @@ def test_plan(path: Path) -> None:
     ]
     assert [[a.kind, a.target, a.detail] for a in actions] == case["actions"]
     violations = harden_plan.judge_accounts(held.accounts, seen)
+    violations += [v for d in held.documents for v in harden_plan.judge_document(d, seen)]
     assert len(violations) == len(case.get("violations", []))
     assert all(found.startswith(wanted) for found, wanted in zip(violations, case.get("violations", []), strict=True))
     for name, text in case.get("texts", {}).items():
@@ -189,12 +196,100 @@ def test_choice_that_cannot_be(shipped: dict[str, Control], choices: dict[str, A
         ([example(state={"permissions": [{"paths": ["/x"], "mode": 420}]})], "an octal mode in quotes"),
         ([example(state={"settings": [{"path": "/x"}]})], "settings need a path and values"),
         ([example(), example()], "control example is defined twice"),
+        ([example(state={"documents": [{"paths": ["/x"], "kind": "toml"}]})], "a kind (yaml, flags) and a remedy"),
+        (
+            [
+                example(
+                    state={"documents": [{"paths": ["/x"], "kind": "yaml", "remedy": "r", "expect": {"a": {"is": 1}}}]}
+                )
+            ],
+            "expect a: a value, or a mapping of absent, at_least",
+        ),
     ],
 )
 def test_catalogue_that_cannot_be(document: Any, sentence: str) -> None:
     with pytest.raises(NodeError) as caught:
         catalogue([("own.yml", document)])
     assert sentence in str(caught.value)
+
+
+def manifest(flags: dict[str, str]) -> str:
+    command = ["program", *(f"--{name}={value}" for name, value in flags.items())]
+    return yaml.safe_dump({"kind": "Pod", "spec": {"containers": [{"name": "program", "command": command}]}})
+
+
+def test_documents_are_merged_in_order_and_flags_are_read_from_the_manifest(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("authentication: {anonymous: {enabled: true}, x509: {clientCAFile: /ca}}\n")
+    (tmp_path / "10-own.conf").write_text("authentication: {anonymous: {enabled: false}}\n")
+    merged = read_document(Document((f"{tmp_path}/config.yaml", f"{tmp_path}/*.conf"), "yaml", {}, "r"))
+    assert merged == {"authentication": {"anonymous": {"enabled": False}, "x509": {"clientCAFile": "/ca"}}}
+    (tmp_path / "pod.yaml").write_text(manifest({"profiling": "false", "authorization-mode": "Node,RBAC"}))
+    flags = read_document(Document((f"{tmp_path}/pod.yaml",), "flags", {}, "r"))
+    assert flags == {"profiling": "false", "authorization-mode": "Node,RBAC"}
+    (tmp_path / "pod.yaml").write_text("a: [")
+    with pytest.raises(NodeError, match=r"pod.yaml cannot be read as YAML"):
+        read_document(Document((f"{tmp_path}/pod.yaml",), "flags", {}, "r"))
+
+
+ROLES = ROLE.parent
+#: Where each component's flags come from: this role's variables, and kubeadm's own (v1.35).
+SET_BY_KUBEADM = {
+    "kube-apiserver": {
+        "client-ca-file": "/pki/ca.crt",
+        "etcd-cafile": "/pki/etcd/ca.crt",
+        "etcd-certfile": "/pki/apiserver-etcd-client.crt",
+        "etcd-keyfile": "/pki/apiserver-etcd-client.key",
+        "kubelet-client-certificate": "/pki/apiserver-kubelet-client.crt",
+        "kubelet-client-key": "/pki/apiserver-kubelet-client.key",
+        "service-account-key-file": "/pki/sa.pub",
+        "tls-cert-file": "/pki/apiserver.crt",
+        "tls-private-key-file": "/pki/apiserver.key",
+    },
+    "kube-controller-manager": {
+        "bind-address": "127.0.0.1",
+        "root-ca-file": "/pki/ca.crt",
+        "service-account-private-key-file": "/pki/sa.key",
+        "use-service-account-credentials": "true",
+    },
+    "kube-scheduler": {"bind-address": "127.0.0.1"},
+}
+
+
+def test_what_our_control_plane_sets_is_what_the_catalogue_expects(shipped: dict[str, Control]) -> None:
+    """The roles' values and the controls are one benchmark: neither may drift from the other."""
+    given = yaml.safe_load((ROLES / "kubernetes_control_plane/vars/main.yml").read_text())
+    names = {
+        "kube-apiserver": "api_server",
+        "kube-controller-manager": "controller_manager",
+        "kube-scheduler": "scheduler",
+    }
+    ciphers = yaml.safe_load((ROLES / "kubernetes_node/vars/main.yml").read_text())["kubernetes_node_kubelet_settings"]
+    for component, name in names.items():
+        flags = {**SET_BY_KUBEADM[component], **given[f"kubernetes_control_plane_{name}_flags"]}
+        if "tls-cipher-suites" in flags:
+            flags["tls-cipher-suites"] = ",".join(ciphers["tlsCipherSuites"])
+        path = f"/etc/kubernetes/manifests/{component}.yaml"
+        documents = [d for c in shipped.values() for d in Held.of(c.wire()).documents if d.paths == (path,)]
+        assert documents, component
+        for document in documents:
+            assert harden_plan.judge_document(document, Facts(documents={(path,): flags})) == []
+            # None of them is met by a component that was told nothing.
+            assert harden_plan.judge_document(document, Facts(documents={(path,): {}})) != []
+
+
+def test_what_our_kubelet_is_told_is_what_the_catalogue_expects(shipped: dict[str, Control]) -> None:
+    settings = yaml.safe_load((ROLES / "kubernetes_node/vars/main.yml").read_text())["kubernetes_node_kubelet_settings"]
+    documents = [d for c in shipped.values() for d in Held.of(c.wire()).documents if "kubelet" in d.paths[0]]
+    assert len(documents) == 3
+    for document in documents:
+        assert harden_plan.judge_document(document, Facts(documents={document.paths: settings})) == []
+        assert harden_plan.judge_document(document, Facts(documents={document.paths: {}})) != []
+
+
+def test_a_node_without_a_cluster_says_why_a_control_does_not_apply(shipped: dict[str, Control]) -> None:
+    mine = [c for c in shipped.values() if c.domain == "kubernetes"]
+    assert len(mine) >= 18
+    assert all(c.requires_path.startswith(("/etc/kubernetes/", "/var/lib/kubelet/")) and c.otherwise for c in mine)
 
 
 def test_controls_that_want_different_things_are_named() -> None:

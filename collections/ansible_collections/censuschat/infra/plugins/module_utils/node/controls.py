@@ -25,6 +25,7 @@ DOMAINS = (
     "core_dumps",
     "cron",
     "kernel_modules",
+    "kubernetes",
     "logging",
     "packages",
     "passwords",
@@ -35,8 +36,11 @@ DOMAINS = (
     "sysctl",
     "updates",
 )
+# Documents are programs' own configurations: read, never written here.
+DOCUMENT_KINDS = ("yaml", "flags")
+EXPECTATIONS = ("absent", "at_least", "contains", "default", "equals", "excludes", "one_of", "present", "within")
 # What a control's state may be made of; each has its planner in harden_plan or, for sshd, in sshd_plan.
-STATE_KEYS = ("accounts", "blocked_modules", "node", "permissions", "settings", "sshd", "sysctl")
+STATE_KEYS = ("accounts", "blocked_modules", "documents", "node", "permissions", "settings", "sshd", "sysctl")
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "applies_to": PLATFORMS,
     "domain": DOMAINS,
@@ -44,14 +48,17 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "severity": SEVERITIES,
 }
 _REQUIRED = ("id", "title", "rationale", "references", "domain", "severity", "profiles", "applies_to", "state")
-_OPTIONAL = ("side_effects", "requires_path")
+_OPTIONAL = ("side_effects", "requires_path", "otherwise")
 _ID = re.compile(r"^[a-z][a-z0-9_]+$")
 _SYSCTL = re.compile(r"^[a-z0-9_]+(\.[A-Za-z0-9_*-]+)+$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """One hardening rule. `requires_path` names what must exist for it to mean anything on a node."""
+    """One hardening rule.
+
+    `requires_path` names what must exist for it to mean anything on a node, `otherwise` what a node without it is.
+    """
 
     id: str
     title: str
@@ -64,6 +71,7 @@ class Control:
     state: Mapping[str, Any]
     side_effects: str = ""
     requires_path: str = ""
+    otherwise: str = ""
 
     @staticmethod
     def of(data: Any, source: str) -> Control:
@@ -97,6 +105,7 @@ class Control:
             state=data["state"],
             side_effects=data.get("side_effects", ""),
             requires_path=data.get("requires_path", ""),
+            otherwise=data.get("otherwise", ""),
         )
 
     def wire(self) -> dict[str, Any]:
@@ -106,6 +115,7 @@ class Control:
             "domain": self.domain,
             "applies_to": list(self.applies_to),
             "requires_path": self.requires_path,
+            "otherwise": self.otherwise,
             "state": dict(self.state),
         }
 
@@ -134,6 +144,13 @@ def check_state(state: Any, name: str) -> None:
         mode = entry.get("mode", "0000")
         if not entry.get("paths") or not re.fullmatch(r"0?[0-7]{3,4}", str(mode)) or not isinstance(mode, str):
             raise NodeError(f"{name}: permissions need paths and an octal mode in quotes")
+    for entry in state.get("documents") or []:
+        if not entry.get("paths") or entry.get("kind") not in DOCUMENT_KINDS or not entry.get("remedy"):
+            raise NodeError(f"{name}: documents need paths, a kind ({', '.join(DOCUMENT_KINDS)}) and a remedy")
+        for key, wanted in (entry.get("expect") or {"(nothing)": {}}).items():
+            unknown = [t for t in wanted if t not in EXPECTATIONS] if isinstance(wanted, Mapping) else []
+            if unknown or wanted == {} or isinstance(wanted, list):
+                raise NodeError(f"{name}: expect {key}: a value, or a mapping of {', '.join(EXPECTATIONS)}")
     for entry in state.get("settings") or []:
         if not entry.get("path") or not isinstance(entry.get("values"), Mapping):
             raise NodeError(f"{name}: settings need a path and values")

@@ -21,6 +21,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_plan 
     MODPROBE_FILE,
     SYSCTL_FILE,
     Account,
+    Document,
     Facts,
     Permission,
     Setting,
@@ -45,11 +46,13 @@ class Held:
     id: str
     applies_to: tuple[str, ...]
     requires_path: str
+    otherwise: str
     sysctl: Mapping[str, str]
     modules: tuple[str, ...]
     settings: tuple[Setting, ...]
     permissions: tuple[Permission, ...]
     accounts: Mapping[str, bool]
+    documents: tuple[Document, ...]
     sshd: Mapping[str, Any]
     node: Desired
     actions: list[Action] = dataclasses.field(default_factory=list)
@@ -67,6 +70,7 @@ class Held:
                 id=data["id"],
                 applies_to=tuple(data["applies_to"]),
                 requires_path=data.get("requires_path") or "",
+                otherwise=data.get("otherwise") or "",
                 sysctl={key: str(value) for key, value in (state.get("sysctl") or {}).items()},
                 modules=tuple(state.get("blocked_modules") or ()),
                 settings=tuple(
@@ -83,6 +87,10 @@ class Held:
                     for p in state.get("permissions") or ()
                 ),
                 accounts=state.get("accounts") or {},
+                documents=tuple(
+                    Document(tuple(d["paths"]), d["kind"], d["expect"], d["remedy"])
+                    for d in state.get("documents") or ()
+                ),
                 sshd=state.get("sshd") or {},
                 node=Desired.of(state.get("node") or {}),
             )
@@ -167,7 +175,8 @@ class Hardening:
             elif not kind and "vm" not in control.applies_to:
                 control.not_applicable = "only a container holds this"
             elif control.requires_path and not os.path.lexists(control.requires_path):
-                control.not_applicable = f"{control.requires_path} does not exist on this node"
+                kind_of_node = f"{control.otherwise}: " if control.otherwise else ""
+                control.not_applicable = f"{kind_of_node}{control.requires_path} does not exist on this node"
             elif control.sshd and not os.path.exists("/usr/sbin/sshd"):
                 control.not_applicable = "no ssh server is installed"
 
@@ -192,7 +201,10 @@ class Hardening:
                         *state_plan.plan(control.node, observed),
                     ]
                 )
-                control.violations = harden_plan.judge_accounts(control.accounts, facts)
+                control.violations = [
+                    *harden_plan.judge_accounts(control.accounts, facts),
+                    *(v for d in control.documents for v in harden_plan.judge_document(d, facts)),
+                ]
             except NodeError as error:
                 control.error = str(error)
 
@@ -208,8 +220,21 @@ class Hardening:
             files={path: observe_path(path, read=True).content for path in files},
             permissions={path: observe_path(path) for path in matched},
             accounts=observe_accounts() if any(c.accounts for c in active) else (),
+            documents=self._read_documents(),
         )
         return facts, state_host.observe(_union(c.node for c in active), self.commands)
+
+    def _read_documents(self) -> dict[tuple[str, ...], dict[str, Any]]:
+        """The documents of all active controls; one that cannot be read is an error of the controls that want it."""
+        found: dict[tuple[str, ...], dict[str, Any]] = {}
+        for control in self._active:
+            try:
+                for document in control.documents:
+                    if document.paths not in found:
+                        found[document.paths] = read_document(document)
+            except NodeError as error:
+                control.error = str(error)
+        return found
 
     def _apply(self) -> dict[str, list[Action]]:
         """Apply control by control, after all packages in one go. Returns what was done for each."""
@@ -340,6 +365,26 @@ def observe_modules() -> frozenset[str]:
     """The names of the loaded kernel modules."""
     with open("/proc/modules", encoding="utf-8") as handle:
         return frozenset(line.split(" ", 1)[0] for line in handle)
+
+
+def read_document(document: Document) -> dict[str, Any]:
+    """A program's configuration as it counts: all files of the document's paths, later ones over earlier ones."""
+    try:
+        import yaml  # Debian's python3-yaml, which a cluster's nodes have; other controls do without.
+    except ImportError:
+        raise NodeError("python3-yaml is missing on this node, which YAML is read with: install it") from None
+    merged: dict[str, Any] = {}
+    for pattern in document.paths:
+        for path in sorted(glob.glob(pattern)):
+            try:
+                with open(path, encoding="utf-8") as handle:
+                    content = yaml.safe_load(handle) or {}
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise NodeError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+            if not isinstance(content, Mapping):
+                raise NodeError(f"{path} is not a mapping")
+            merged = harden_plan.merge(merged, content)
+    return harden_plan.flags_of(merged) if document.kind == "flags" else merged
 
 
 def observe_accounts() -> tuple[Account, ...]:

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Action
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import PathState
@@ -44,6 +45,20 @@ class Permission:
 
 
 @dataclasses.dataclass(frozen=True)
+class Document:
+    """What a program's own configuration has to say. Another role writes it; `remedy` says which.
+
+    Of several paths (globs allowed, later ones win key by key) the merged content counts. kind: yaml, or flags for the
+    arguments of a static pod's container.
+    """
+
+    paths: tuple[str, ...]
+    kind: str
+    expect: Mapping[str, Any]
+    remedy: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Account:
     """One line of passwd with what shadow says of it.
 
@@ -67,6 +82,8 @@ class Facts:
     files: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     permissions: Mapping[str, PathState] = dataclasses.field(default_factory=dict)
     accounts: tuple[Account, ...] = ()
+    documents: Mapping[tuple[str, ...], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """The merged content at each document's paths; flags under their names."""
 
 
 def normal(value: str) -> str:
@@ -231,3 +248,71 @@ def judge_accounts(rules: Mapping[str, bool], facts: Facts) -> list[str]:
                     f"last password change: run `chage -M -1 {account.name}`"
                 )
     return found
+
+
+def judge_document(want: Document, facts: Facts) -> list[str]:
+    """What the configuration says otherwise than it should, each a sentence with the remedy."""
+    content = facts.documents.get(want.paths, {})
+    found = []
+    for key, expected in want.expect.items():
+        rule = expected if isinstance(expected, Mapping) else {"equals": expected}
+        why = _differs(_at(content, key, want.kind), rule)
+        if why:
+            found.append(f"{want.paths[-1] if len(want.paths) == 1 else want.paths[0]}: {key} {why}: {want.remedy}")
+    return found
+
+
+def flags_of(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """The `--name=value` arguments of a pod's first container; a flag without a value is true."""
+    containers = (pod.get("spec") or {}).get("containers") or [{}]
+    words = [*(containers[0].get("command") or []), *(containers[0].get("args") or [])]
+    split = [word[2:].partition("=") for word in words if isinstance(word, str) and word.startswith("--")]
+    return {name: value if equals else "true" for name, equals, value in split}
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `over` put over it, mappings key by key, as the kubelet merges its drop-ins."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _at(content: Mapping[str, Any], key: str, kind: str) -> Any:
+    """The value at a key; in YAML dots go down into mappings. None when it is not there."""
+    if kind == "flags":
+        return content.get(key)
+    value: Any = content
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _differs(value: Any, rule: Mapping[str, Any]) -> str:
+    """Why the value is not as the rule wants; empty when it is."""
+    value = rule.get("default") if value is None else value
+    if rule.get("absent"):
+        return f"is set to {_plain(value)}" if value is not None else ""
+    if value is None or value == "":
+        return "is not set"
+    items = [_plain(v) for v in value] if isinstance(value, list) else _plain(value).split(",")
+    if "equals" in rule and _plain(value) != _plain(rule["equals"]):
+        return f"is {_plain(value)}, not {_plain(rule['equals'])}"
+    if "one_of" in rule and _plain(value) not in map(_plain, rule["one_of"]):
+        return f"is {_plain(value)}, none of {', '.join(map(_plain, rule['one_of']))}"
+    lacking = [_plain(v) for v in rule.get("contains", ()) if _plain(v) not in items]
+    unwanted = [_plain(v) for v in rule.get("excludes", ()) if _plain(v) in items]
+    strange = [item for item in items if "within" in rule and item not in map(_plain, rule["within"])]
+    if lacking or unwanted or strange:
+        parts = [f"lacks {', '.join(lacking)}" if lacking else ""]
+        parts.append(f"has {', '.join([*unwanted, *strange])}" if unwanted or strange else "")
+        return " and ".join(part for part in parts if part)
+    if "at_least" in rule and not (_plain(value).isdigit() and int(_plain(value)) >= rule["at_least"]):
+        return f"is {_plain(value)}, less than {rule['at_least']}"
+    return ""
+
+
+def _plain(value: Any) -> str:
+    """A value as text; YAML's true and a flag's "true" are the same."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
