@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -107,10 +108,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     module, _, function = arguments.function.partition(":")
     try:
-        return int(getattr(importlib.import_module(module), function)(arguments))
+        code = int(getattr(importlib.import_module(module), function)(arguments))
+        sys.stdout.flush()
+        return code
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return refusal.code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python would complain once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted; `lab up` resumes, `lab down` removes what is there", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import time
@@ -211,6 +212,19 @@ def test_the_lock_of_a_killed_command_is_taken_once_its_step_has_ended(tmp_path:
     # Each gets it in turn, and neither takes the other for a remainder.
     assert [waiter.communicate()[0] for waiter in waiters] == ["mine\n", "mine\n"]
     assert background.start_time(child) is None
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault_of_the_lab() -> None:
+    program = (
+        "import sys, lab.cli, lab.verbs; lab.verbs.status = lambda _: print('a table') or 0; "
+        "sys.exit(lab.cli.main(['status']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        command = (sys.executable, "-c", program)
+        done = subprocess.run(command, cwd=REPO, stdout=out, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (cli.EXIT_FAILED, "")
 
 
 def test_help_is_fast_and_imports_no_ansible() -> None:
