@@ -72,7 +72,8 @@ def observe(inventory: Path, lab: Topology) -> LabState:
 
     def answers(address: str) -> bool:
         try:
-            with socket.create_connection((address, 22), timeout=1.0) as connection:
+            # A node that is busy takes its time; one that is down is refused at once.
+            with socket.create_connection((address, 22), timeout=3.0) as connection:
                 return connection.recv(4) == b"SSH-"
         except OSError:
             return False
@@ -114,9 +115,10 @@ def members(region: str, patience: int = 2) -> dict[str, Any] | None:
     flags = (f"--kubeconfig={kubeconfig(region)}", f"--request-timeout={patience}s")
     command = (str(kubectl[-1]), *flags, "get", "nodes", "--output=json")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=2 * patience)
+        # kubectl prints an empty list also when nobody answers; only its exit code tells.
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=2 * patience)
         return {item["metadata"]["name"]: item for item in json.loads(done.stdout)["items"]}
-    except (subprocess.TimeoutExpired, OSError, ValueError, KeyError):
+    except (subprocess.SubprocessError, OSError, ValueError, KeyError):
         return None
 
 

@@ -306,7 +306,8 @@ def test_an_api_that_does_not_answer_is_said_and_not_waited_for(
 ) -> None:
     program = tmp_path / "v1.2.3" / "bin" / "kubectl"
     program.parent.mkdir(parents=True)
-    program.write_text("#!/bin/sh\necho 'Unable to connect to the server' >&2; exit 1\n")
+    # As kubectl does: an empty list on stdout all the same.
+    program.write_text("""#!/bin/sh\necho 'Unable to connect to the server' >&2; echo '{"items": []}'; exit 1\n""")
     program.chmod(0o755)
     monkeypatch.setattr(nodes, "programs", lambda: tmp_path)
     assert report.members("us-east-1") is None
