@@ -160,6 +160,8 @@ options:
 notes:
   - Runs where a kubeconfig is, usually on the controller (C(delegate_to=localhost)).
   - Secrets show in a diff by the names of their entries only, and their values are taken out of messages.
+  - In check mode, O(kubeconfig) that is not there yet means a cluster that is still to be founded. All objects are told
+    as created then, with a warning.
   - C(stringData) of a Secret is sent as C(data), since the API never shows C(stringData) again.
 """
 
@@ -252,7 +254,9 @@ max_rss_kib:
 """
 
 from ansible.module_utils.basic import missing_required_lib
+from ansible_collections.censuschat.infra.plugins.module_utils.kube.apply_task import run
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.client import MISSING
+from ansible_collections.censuschat.infra.plugins.module_utils.kube.documents import MISSING as MISSING_YAML
 from ansible_collections.censuschat.infra.plugins.module_utils.node.quiet import QuietModule
 
 
@@ -303,11 +307,12 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    if MISSING:
-        module.fail_json(msg=missing_required_lib("urllib3"), exception=MISSING)
-    from ansible_collections.censuschat.infra.plugins.module_utils.kube.apply_task import run
-
+    if MISSING or MISSING_YAML:
+        missing = missing_required_lib("urllib3" if MISSING else "PyYAML")
+        module.fail_json(msg=missing, exception=MISSING or MISSING_YAML)
     result = run(module.params, check=module.check_mode, diff=module._diff)
+    for warning in result.pop("warned", []):
+        module.warn(warning)
     module.fail_json(**result) if result.get("msg") else module.exit_json(**result)
 
 

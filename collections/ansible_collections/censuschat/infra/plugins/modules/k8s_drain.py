@@ -118,6 +118,7 @@ undone:
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
 from ansible_collections.censuschat.infra.plugins.module_utils.kube import kubeconfig
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.client import MISSING, Client
+from ansible_collections.censuschat.infra.plugins.module_utils.kube.documents import MISSING as MISSING_YAML
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.drain import Drainer, Options
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.drain_plan import Allowed
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import KubeError
@@ -138,8 +139,9 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    if MISSING:
-        module.fail_json(msg=missing_required_lib("urllib3"), exception=MISSING)
+    if MISSING or MISSING_YAML:
+        missing = missing_required_lib("urllib3" if MISSING else "PyYAML")
+        module.fail_json(msg=missing, exception=MISSING or MISSING_YAML)
     p = module.params
     options = Options(
         node=p["name"],

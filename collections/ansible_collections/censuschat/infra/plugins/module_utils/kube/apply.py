@@ -40,6 +40,8 @@ from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import
 SERVED_WITHIN_S = 15.0
 """How long an established CRD's path may still answer 404; the API adds it within a second or two."""
 _POLL_FIRST_S, _POLL_MOST_S = 0.2, 2.0
+_LOOK_S = 3.0
+"""How often the pods of what is waited for are looked at for what waiting does not mend."""
 T = TypeVar("T")
 
 
@@ -386,7 +388,7 @@ class Applier:
             return
         sources = {w.key: str(w.source) for w in self.wanted}
         for target, why in self._poll(targets, self._deadline).items():
-            trouble = self._pods_of(target)
+            trouble = waits.pod_trouble(self._pods_of(target))
             source = f"{sources[target.key]}: " if target.key in sources else ""
             self.report.problems.append(
                 self.censor(f"{source}{target.key} is not ready: {why}" + (f"; its pods: {trouble}" if trouble else ""))
@@ -396,10 +398,17 @@ class Applier:
         """Waits until all are ready; gives those that are not, with why. All kinds are read side by side."""
         pending, broken = list(targets), {}
         began, delay = time.monotonic(), _POLL_FIRST_S
+        look = began + _LOOK_S
         while pending:
             states: dict[WaitFor, waits.State] = dict(zip(pending, self._each(self._state_of, pending), strict=True))
             broken.update({t: s.why for t, s in states.items() if s.state == waits.BROKEN})
             pending = [t for t, s in states.items() if s.state == waits.PENDING]
+            if pending and time.monotonic() >= look:
+                look = time.monotonic() + _LOOK_S
+                for target, why in zip(pending, list(self._each(self._hopeless, pending)), strict=True):
+                    if why:
+                        broken[target] = why
+                pending = [t for t in pending if t not in broken]
             if not pending:
                 break
             if time.monotonic() + delay > deadline:
@@ -420,23 +429,27 @@ class Applier:
             return waits.State(waits.BROKEN, str(error))
         return waits.assess(target.key, live, condition)
 
-    def _pods_of(self, target: WaitFor) -> str:
+    def _pods_of(self, target: WaitFor) -> list[Document]:
+        """The pods of a workload's present revision; none where there are none or they may not be read."""
         if target.key.group not in ("apps", "batch") or target.condition.type or target.condition.field:
-            return ""
+            return []
         try:
             live = self.client.get(target.resource.path(target.key.namespace, target.key.name)) or {}
             labels = ((live.get("spec") or {}).get("selector") or {}).get("matchLabels") or {}
             if not labels:
-                return ""
-            selector = ",".join(f"{k}={v}" for k, v in labels.items())
-            pods = self.client.request(
-                "GET",
-                f"/api/v1/namespaces/{target.key.namespace}/pods",
-                query={"labelSelector": selector, "limit": 50},
-            )
+                return []
+            query = {"labelSelector": ",".join(f"{k}={v}" for k, v in labels.items()), "limit": 50}
+            pods = self.client.request("GET", f"/api/v1/namespaces/{target.key.namespace}/pods", query=query)
+            sets: Document = {}
+            if target.key.kind == "Deployment":
+                path = f"/apis/apps/v1/namespaces/{target.key.namespace}/replicasets"
+                sets = self.client.request("GET", path, query=query)
         except KubeError:
-            return ""
-        return waits.pod_trouble(pods.get("items") or [])
+            return []
+        return waits.newest(live, pods.get("items") or [], sets.get("items") or [])
+
+    def _hopeless(self, target: WaitFor) -> str:
+        return waits.hopeless(self._pods_of(target))
 
     # ---- the set's own record ----
 

@@ -15,9 +15,16 @@ from typing import Any
 from ansible_collections.censuschat.infra.plugins.module_utils.kube import kubeconfig, planner, waits
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.apply import Applier, Options, Report, WaitFor
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.client import Client
-from ansible_collections.censuschat.infra.plugins.module_utils.kube.discovery import Kinds, discover
+from ansible_collections.censuschat.infra.plugins.module_utils.kube.discovery import AnyKinds, Kinds, discover
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.documents import expand, read_files, read_text
-from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import InputError, Key, KubeError, Source
+from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import (
+    CREATED,
+    InputError,
+    Key,
+    KubeError,
+    Outcome,
+    Source,
+)
 
 MOST_LINES = 20
 """Failures that a message spells out; the result's `failures` has them all."""
@@ -41,6 +48,8 @@ def run(parameters: Mapping[str, Any], *, check: bool, diff: bool) -> dict[str, 
         _sensible(parameters)
         items = list(_items(parameters))
         lap("read")
+        if check and parameters["kubeconfig"] and not Path(parameters["kubeconfig"]).exists():
+            return _unfounded(parameters, items)
         access = kubeconfig.load(parameters["kubeconfig"] or "", parameters["context"] or "")
         client = Client(access, connections=parameters["parallelism"])
         kinds = discover(client)
@@ -76,6 +85,25 @@ def run(parameters: Mapping[str, Any], *, check: bool, diff: bool) -> dict[str, 
         result["msg"] = _verdict(report, check=check)
         result["failures"] = report.problems
     return result
+
+
+def _unfounded(parameters: Mapping[str, Any], items: list[Item]) -> dict[str, Any]:
+    """The plan for a cluster that is still to be founded."""
+    wanted, _coming = planner.build(items, AnyKinds(), parameters["namespace"] or "")
+    report = Report([Outcome(w.key, w.resource, CREATED, str(w.source)) for w in wanted])
+    return {
+        "changed": report.changed,
+        "objects": [o.public() for o in report.outcomes],
+        "counts": report.counts(),
+        "rolled_back": False,
+        "seconds": {},
+        "requests": 0,
+        "max_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "warned": [
+            f"kubeconfig {parameters['kubeconfig']} is not there yet: its cluster is taken for one to be founded, "
+            "and nothing was asked of its API"
+        ],
+    }
 
 
 def _verdict(report: Report, *, check: bool) -> str:

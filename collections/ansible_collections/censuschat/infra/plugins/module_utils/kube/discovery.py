@@ -58,6 +58,17 @@ class Kinds:
         return f"the API does not know {api_version}"
 
 
+class AnyKinds(Kinds):
+    """For a cluster that is still to be founded: takes every kind for one that will be served."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def find(self, api_version: str, kind: str) -> Resource | None:
+        group, _, version = api_version.rpartition("/")
+        return super().find(api_version, kind) or Resource(group, version, kind, "", True, frozenset({"patch"}))
+
+
 def discover(client: Client) -> Kinds:
     """What the API serves now. Raises KubeError for a server without aggregated discovery (Kubernetes < 1.27)."""
     resources: list[Resource] = []

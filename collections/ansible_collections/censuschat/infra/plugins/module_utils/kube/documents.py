@@ -10,16 +10,23 @@ from __future__ import annotations
 import glob
 import os
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import InputError, Source
 
 SUFFIXES = (".yml", ".yaml", ".json")
 
-_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+try:
+    import yaml
+
+    MISSING = ""
+    _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+except ImportError:
+    MISSING = traceback.format_exc()
+    _Base = object
 
 
 class YamlProblem(ValueError):
@@ -58,16 +65,6 @@ _FLOAT = re.compile(
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _MERGE = re.compile(r"^<<$")
 
-Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", _BOOL, "yYnNtTfFoO"),
-    ("int", _INT, "-+0123456789"),
-    ("float", _FLOAT, "-+0123456789."),
-    ("null", _NULL, ["~", "n", "N", ""]),
-    ("merge", _MERGE, "<"),
-):
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
-
 
 def _integer(loader: Any, node: Any) -> int:
     text = str(loader.construct_scalar(node)).replace("_", "")
@@ -82,7 +79,17 @@ def _integer(loader: Any, node: Any) -> int:
     return sign * int(digits)
 
 
-Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+if not MISSING:
+    Loader.yaml_implicit_resolvers = {}
+    for _tag, _pattern, _first in (
+        ("bool", _BOOL, "yYnNtTfFoO"),
+        ("int", _INT, "-+0123456789"),
+        ("float", _FLOAT, "-+0123456789."),
+        ("null", _NULL, ["~", "n", "N", ""]),
+        ("merge", _MERGE, "<"),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+    Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def _decoded(content: bytes) -> str:

@@ -105,7 +105,7 @@ def build(
                 f"but a {resource.kind} belongs to the whole cluster; take the namespace out"
             )
             continue
-        if resource.namespaced and not namespace:
+        if resource.namespaced and resource.plural and not namespace:
             namespace = default_namespace
         one = Wanted(Key(resource.group, resource.kind, namespace, name), resource, _normal(body, namespace), source)
         if one.key in first:

@@ -188,6 +188,46 @@ def _count(live: Document, default: int) -> int:
     return default if replicas is None else int(replicas)
 
 
+HOPELESS = frozenset({"ErrImageNeverPull", "InvalidImageName"})
+"""Why a container waits that waiting does not mend. A pull that fails may succeed later; these are not tried again."""
+
+
+def hopeless(pods: list[Document]) -> str:
+    """The first container that will never start, with its image; empty when there is none."""
+    for pod in pods:
+        status = pod.get("status") or {}
+        for container in [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]:
+            waiting = (container.get("state") or {}).get("waiting") or {}
+            if waiting.get("reason") in HOPELESS:
+                return (
+                    f"container {container.get('name')} cannot start: {waiting['reason']}, image "
+                    f"{container.get('image')}: {waiting.get('message') or 'no message'}"
+                )
+    return ""
+
+
+def newest(live: Document, pods: list[Document], replica_sets: list[Document]) -> list[Document]:
+    """Those pods of a workload that are of its present revision, not of one that is being replaced."""
+    kind = live.get("kind")
+    if kind == "Deployment":
+        revision = (live["metadata"].get("annotations") or {}).get("deployment.kubernetes.io/revision")
+        hashes = {
+            (r["metadata"].get("labels") or {}).get("pod-template-hash")
+            for r in replica_sets
+            if revision
+            and (r["metadata"].get("annotations") or {}).get("deployment.kubernetes.io/revision") == revision
+        }
+        return [p for p in pods if (p["metadata"].get("labels") or {}).get("pod-template-hash") in hashes]
+    if kind == "StatefulSet":
+        update = (live.get("status") or {}).get("updateRevision")
+        return [p for p in pods if (p["metadata"].get("labels") or {}).get("controller-revision-hash") == update]
+    if kind == "DaemonSet" and pods:
+        last = max(pods, key=lambda p: str(p["metadata"].get("creationTimestamp")))
+        revision = (last["metadata"].get("labels") or {}).get("controller-revision-hash")
+        return [p for p in pods if (p["metadata"].get("labels") or {}).get("controller-revision-hash") == revision]
+    return pods
+
+
 def pod_trouble(pods: list[Document]) -> str:
     """What keeps pods from being ready, in the words of their statuses; empty when they say nothing."""
     found: dict[str, int] = {}
