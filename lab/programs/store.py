@@ -42,8 +42,8 @@ SOURCES = ("auto", "source", "download")
 #: What a part and a version say of themselves.
 MANIFEST = "manifest.json"
 SUMS = "SHA256SUMS"
-#: Free disk in GiB for a build from nothing: Go's caches take 6 of it.
-DISK = 12
+#: Free disk in GiB for a build from nothing: Go caches take most of it until the end.
+DISK = 10
 
 
 @dataclass(frozen=True)
