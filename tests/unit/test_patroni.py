@@ -58,7 +58,7 @@ def test_repair(case: dict[str, Any]) -> None:
     timelines = {"a": 4, "b": 4, "c": 4, **({case["local"]: case["timeline"]} if case["local"] in "abc" else {})}
     view = View(
         members=tuple(
-            Member(n, role if n == "a" else "replica", "running", n, f"https://{n}:8008", t)
+            Member(n, role if n == "a" else "replica", case.get("state", "running"), n, f"https://{n}:8008", t)
             for n, t in timelines.items()
         ),
         config={"pause": True} if case.get("paused") else {},

@@ -213,7 +213,9 @@ def repair(want: Want, view: View, unwell_s: float, rewound: bool, grace_s: floa
         return ""
     if view.role == "standby" and view.leading and not any(view.leading.host in p.followers for p in view.peers):
         return ""
-    diverged = view.role == "standby" and local.timeline < view.leader.timeline
+    if local.state == "creating replica":
+        return ""  # Patroni is cloning it already, however long that takes; it has no timeline yet.
+    diverged = view.role == "standby" and 0 < local.timeline < view.leader.timeline
     if diverged and not rewound:
         return "rewind"
     # A rewind and a start take their time; a clone in between would throw them away.
