@@ -143,6 +143,10 @@ def observe(name: str, others: Mapping[str, str]) -> Observed:
     path = next((d / "etcd.yaml" for d in (MANIFESTS, ASIDE) if (d / "etcd.yaml").is_file()), None)
     manifest = path.read_text(encoding="utf-8") if path else ""
     serves = bool(manifest) and static_pods.healthy([LOCAL])[LOCAL]
+    guarded = flags_of(manifest).get("initial-cluster-state") == "existing"
+    if serves and guarded:
+        # As on every run but the first: nobody else has to be asked.
+        return Observed(True, serves, guarded, False, None, frozenset([name]))
     # Asked through the others when this one does not serve: it may be alone in a cluster of its own.
     known = _known([LOCAL] if serves else list(others.values()))
     urls = {m.name: m.client_urls[0] for m in known or () if m.name and m.client_urls and m.name != name}
@@ -150,7 +154,7 @@ def observe(name: str, others: Mapping[str, str]) -> Observed:
     return Observed(
         manifest=bool(manifest),
         serves=serves,
-        guarded=flags_of(manifest).get("initial-cluster-state") == "existing",
+        guarded=guarded,
         empty=not serves and is_empty(DATA),
         known=known,
         serving=frozenset(n for n, url in urls.items() if well[url]) | (frozenset([name]) if serves else frozenset()),
@@ -184,8 +188,9 @@ def apply(
     if step is Step.NOTHING:
         return
     old = static_pods.find(ETCD)
-    # A lone API server goes with its etcd: while it hangs, the kubelet waits for it and starts nothing.
-    parts = [ETCD] if others else [APISERVER, ETCD]
+    # The API server goes with its etcd. Without it, it hangs, and so does the kubelet that happens to be connected to
+    # it: it waited 34 s for the answer to a request about the old pod before it started the new one.
+    parts = [APISERVER, ETCD]
     static_pods.hold_back(parts, ASIDE, wait_s)
     path = ASIDE / "etcd.yaml"
     values = {"initial-cluster-state": "existing"}
