@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.censuschat.infra.plugins.module_utils.upkeep import membership, restore
+import yaml
+from ansible_collections.censuschat.infra.plugins.module_utils.upkeep import membership, restore, static_pods
 from ansible_collections.censuschat.infra.plugins.module_utils.upkeep.common import UpkeepError
 from ansible_collections.censuschat.infra.plugins.module_utils.upkeep.membership import Step
 from ansible_collections.censuschat.infra.plugins.module_utils.upkeep.restore import State, Wanted
@@ -158,3 +159,59 @@ def test_a_second_restore_after_a_finished_one() -> None:
 def test_restore_refuses(step: str, wanted: Wanted, seen: restore.Observed, sentence: str) -> None:
     with pytest.raises(UpkeepError, match=sentence):
         restore.plan(step, wanted, seen)
+
+
+# ---- static pods ----
+
+
+def test_a_new_pod_is_asked_for_without_changing_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_pods, "MANIFESTS", tmp_path)
+    path = tmp_path / "etcd.yaml"
+    plain = "apiVersion: v1\nkind: Pod\nmetadata:\n  name: etcd\nspec:\n  containers: []\n"
+    path.write_text(plain.replace("  name", "  annotations:\n    other: kept\n  name"))
+    before = yaml.safe_load(path.read_text())
+    static_pods.renew_pod("etcd")
+    static_pods.renew_pod("etcd")
+    after = yaml.safe_load(path.read_text())
+    stamp = after["metadata"]["annotations"].pop(static_pods.ANNOTATION)
+    assert after == before
+    path.write_text(plain)
+    static_pods.renew_pod("etcd")
+    assert yaml.safe_load(path.read_text())["metadata"]["annotations"][static_pods.ANNOTATION] != stamp
+    path.write_text("kind: Pod\n")
+    with pytest.raises(UpkeepError, match="is not a manifest that kubeadm wrote"):
+        static_pods.renew_pod("etcd")
+
+
+def test_only_a_pods_process_on_the_hosts_network_is_a_static_pod(tmp_path: Path) -> None:
+    def process(pid: int, program: str, network: str, cgroup: str) -> None:
+        entry = tmp_path / str(pid)
+        (entry / "ns").mkdir(parents=True)
+        (entry / "ns/net").symlink_to(f"net:[{network}]")
+        (entry / "cmdline").write_text(f"{program}\0--name=cp{pid}\0--secure-port=6443\0")
+        (entry / "stat").write_text(f"{pid} (et cd) S " + " ".join(["1"] * 18) + " 100 0\n")
+        (entry / "cgroup").write_text(f"0::{cgroup}\n")
+
+    (tmp_path / "uptime").write_text("1000.00 1.0\n")
+    process(1, "/sbin/init", "1", "/")
+    process(20, "/usr/bin/etcd", "1", "/system.slice/etcd-dcs.service")
+    process(30, "etcd", "2", "/kubepods/burstable/podx")
+    assert static_pods.find("etcd", tmp_path) is None
+    process(40, "/usr/local/bin/etcd", "1", "/kubepods/burstable/pody")
+    found = static_pods.find("etcd", tmp_path)
+    assert found is not None
+    assert (found.pid, found.flag("secure-port"), found.flag("absent", "6443")) == (40, "6443", "6443")
+
+
+def test_held_back_manifests_come_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests, aside = tmp_path / "manifests", tmp_path / "aside"
+    manifests.mkdir()
+    (manifests / "etcd.yaml").write_text("kind: Pod\n")
+    monkeypatch.setattr(static_pods, "MANIFESTS", manifests)
+    monkeypatch.setattr(static_pods, "find", lambda _component: None)
+    for _ in range(2):
+        static_pods.hold_back(["etcd", "kube-apiserver"], aside, 1.0)
+        assert [path.name for path in aside.iterdir()] == ["etcd.yaml"]
+    for _ in range(2):
+        static_pods.let_run(["etcd", "kube-apiserver"], aside)
+        assert [path.name for path in manifests.iterdir()] == ["etcd.yaml"]
