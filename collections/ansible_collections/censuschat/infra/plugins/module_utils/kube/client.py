@@ -207,11 +207,7 @@ class Client:
 
     def _refuse_tls(self, error: Exception) -> None:
         """Certificates do not become valid by waiting: KubeError at once."""
-        reason: BaseException | None = error
-        while reason is not None and not isinstance(reason, ssl.SSLError):
-            reason = getattr(reason, "reason", None) or reason.__cause__
-            if not isinstance(reason, BaseException):
-                return
+        reason = _tls_error(error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             why = reason.verify_message
             if "expired" in why:
@@ -280,6 +276,16 @@ def _final(error: ApiError) -> bool:
     if error.status != 500 or error.reason in ("InternalError", "ServerTimeout", "Timeout"):
         return False
     return not any(word in error.message for word in ("etcdserver", "rpc error", "deadline", "timeout", "HTTP 500"))
+
+
+def _tls_error(error: BaseException | None) -> ssl.SSLError | None:
+    """Python's own TLS error in what urllib3 made of it."""
+    for _depth in range(6):
+        if error is None or isinstance(error, ssl.SSLError):
+            return error
+        inner = [getattr(error, "reason", None), *error.args, error.__cause__, error.__context__]
+        error = next((e for e in inner if isinstance(e, BaseException)), None)
+    return None
 
 
 def _proxy(scheme: str, host: str) -> str:
