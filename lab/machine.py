@@ -77,9 +77,9 @@ MODULES = {
 #: Free memory in MiB a node. Measured with the site deployed, anonymous memory of its processes: app 24-47, db 89-129,
 #: witness 41; the rest is for PostgreSQL's shared buffers and page cache.
 MEMORY_NODE = {"app": 80, "db": 240, "witness": 80}
-#: And in addition for a node of a cluster, its images' programs and the services' pods included; measured likewise:
-#: 450-540 a control plane that takes pods too.
-MEMORY_CLUSTER = {"": 0, "control-plane": 550, "worker": 200}
+#: And in addition for a node of a cluster. Measured likewise, all of the node's processes, without the application's
+#: pods (25 each): 430-480 a control plane, 92-99 a worker.
+MEMORY_CLUSTER = {"": 0, "control-plane": 450, "worker": 100}
 #: For Ansible, the AWS emulator, the clients.
 MEMORY_BASE = 600
 #: podman's engine settings for the lab, named to podman by CONTAINERS_CONF.

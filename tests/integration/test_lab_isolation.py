@@ -10,6 +10,7 @@ import contextlib
 import json
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from lab import cli, fabric, programs, report, verbs
+from lab.paths import REPO
 from lab.programs.catalogue import catalogue
 from lab.topology import Node, Topology
 from tests.integration.packets import AT_ONCE_S, CONNECT, REFUSED, UNREACHABLE, connect, overheard
@@ -54,6 +56,7 @@ class Cluster:
         config = report.kubeconfig(region)
         if not config.is_file():
             pytest.fail(f"{region} has no cluster; make it with playbooks/cluster.yml")
+        self.config = config
         self.site = lab.site(region)
         # A worker where there is one: the control plane of a small cluster is one as well.
         members = [node for node in lab.nodes if node.site == region and node.kubernetes]
@@ -200,6 +203,37 @@ def test_an_image_that_is_not_there_is_named_and_not_pulled(
         cluster.run("delete", f"--namespace={NAMESPACE}", "pod", name, "--wait=false")
     assert waiting.get("reason") in reasons
     assert image in waiting["message"]
+
+
+def test_a_wait_for_a_deployment_whose_image_is_not_there_names_it_at_once(cluster: Cluster) -> None:
+    image = "censuschat.test/nowhere:deployed"
+    template = pod("absent", image, cluster.node.name)
+    deployment = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "absent", "namespace": NAMESPACE},
+        "spec": {
+            "selector": {"matchLabels": {"app": "absent"}},
+            "template": {"metadata": {"labels": {"app": "absent"}}, "spec": template["spec"]},
+        },
+    }
+    arguments = {"kubeconfig": str(cluster.config), "definition": [deployment], "wait": True, "wait_timeout": 300}
+    python = f"ansible_python_interpreter={sys.executable}"
+    module = ("-m", "censuschat.infra.k8s_apply", "-a", json.dumps(arguments))
+    began = time.monotonic()
+    done = subprocess.run(
+        (sys.executable, "-m", "ansible", "adhoc", "localhost", "-c", "local", "-e", python, *module),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPO,
+        timeout=400,
+    )
+    cluster.run("delete", f"--namespace={NAMESPACE}", "deployment", "absent", "--wait=false")
+    assert done.returncode != 0
+    assert image in done.stdout and "ErrImageNeverPull" in done.stdout, done.stdout
+    # It can never be ready: the wait's budget is not used up.
+    assert time.monotonic() - began < 150
 
 
 def test_a_restarted_node_comes_back_with_its_fence_and_its_pods(running_lab: Topology, cluster: Cluster) -> None:
