@@ -152,7 +152,7 @@ def _kubelet_alarm(certificate: Certificate, left: float) -> str:
     what = "expired" if left <= 0 else f"lasts {left:.0f} days more and was not rotated by the kubelet"
     remedy = "`kubectl get csr` shows whether its request waits for approval"
     if certificate.name == "kubelet-client" and left <= 0:
-        remedy = "take the node out (role kubernetes_node, tasks_from remove) and in again with playbooks/cluster.yml"
+        remedy = "take the node out with playbooks/cluster_remove.yml, and in again with playbooks/cluster.yml"
     return f"{certificate.name} {what}: {remedy}"
 
 
