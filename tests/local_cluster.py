@@ -378,6 +378,8 @@ class LocalCluster:
                 f"--kubeconfig={self.kubeconfig}",
                 f"--config={self.directory}/kwok.yaml",
                 "--manage-all-nodes=true",
+                # Heartbeats: without them a node counts as lost after 40 s, and its pods as not ready for good.
+                "--node-lease-duration-seconds=40",
             )
             self.add_nodes(self.nodes)
 

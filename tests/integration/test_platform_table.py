@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from lab.paths import REPO
 from tests.local_cluster import LocalCluster
+from tests.platform_run import CRDS, Platform
 
-CRDS = Path(__file__).parent / "platform" / "crds.yml"
 GI, MI = 2**30, 2**20
 
 # Namespace: CPU, memory in GiB ("Resource Limits").
@@ -93,42 +92,8 @@ SITE: dict[str, Any] = {
 }
 
 
-class Platform:
-    """A cluster, and the role run on it."""
-
-    def __init__(self, cluster: LocalCluster) -> None:
-        self.cluster = cluster
-
-    def run(self, *options: str, **more: Any) -> tuple[int, str, dict[str, Any]]:
-        """Exit code, all that was printed, and the result of the role's one task (empty when it did not get there)."""
-        values = {"kubernetes_platform_kubeconfig": str(self.cluster.kubeconfig), **SITE, **more}
-        role = {"name": "censuschat.infra.kubernetes_platform"}
-        tasks = [{"name": "Have the platform", "ansible.builtin.include_role": role}]
-        python = {"ansible_python_interpreter": sys.executable}
-        plays = [{"hosts": "localhost", "connection": "local", "gather_facts": False, "vars": python, "tasks": tasks}]
-        playbook = self.cluster.directory / "platform-playbook.yml"
-        playbook.write_text(yaml.safe_dump(plays))
-        variables = self.cluster.directory / "platform-variables.yml"
-        variables.write_text(yaml.safe_dump(values))
-        program = str(Path(sys.executable).parent / "ansible-playbook")
-        done = subprocess.run(
-            [program, "-i", "localhost,", str(playbook), "-e", f"@{variables}", *options],
-            cwd=REPO,
-            env={**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"},
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        text = done.stdout + done.stderr
-        data = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])[0]
-        for task in data["plays"][0]["tasks"]:
-            if task["task"]["name"].endswith("Apply the platform's objects"):
-                return done.returncode, text, task["hosts"]["localhost"]
-        return done.returncode, text, {}
-
-    def get(self, *what: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.cluster.kubectl("get", *what, "-o", "json"))
-        return found
+class Trial(Platform):
+    """The role's cluster, and what its API server says to us."""
 
     def refused(self, manifest: dict[str, Any]) -> str:
         """Why the API server does not create the object; empty when it would."""
@@ -170,14 +135,12 @@ def attributes(verb: str, what: str, namespace: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
+def platform() -> Iterator[Trial]:
     with LocalCluster(controller_manager=True) as cluster:
         cluster.kubectl("apply", "--server-side", "-f", str(CRDS))
         cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=30s")
-        found = Platform(cluster)
-        code, text, result = found.run()
-        assert code == 0, text[-4000:]
-        assert result["changed"]
+        found = Trial(cluster, SITE)
+        assert found.apply()["changed"]
         yield found
 
 
@@ -212,7 +175,7 @@ def pod(namespace: str, cpus: str, amount: str, **spec: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("namespace", QUOTAS)
-def test_quota(platform: Platform, namespace: str) -> None:
+def test_quota(platform: Trial, namespace: str) -> None:
     cpus, gib = QUOTAS[namespace]
     hard = platform.get("resourcequota", "-n", namespace)["items"]
     assert len(hard) == 1
@@ -222,7 +185,7 @@ def test_quota(platform: Platform, namespace: str) -> None:
 
 
 @pytest.mark.parametrize("namespace", KINDS)
-def test_range(platform: Platform, namespace: str) -> None:
+def test_range(platform: Trial, namespace: str) -> None:
     low_cpu, high_cpu, low_memory, high_memory = RANGES[KINDS[namespace]]
     (limits,) = platform.get("limitrange", "-n", namespace)["items"]
     (per_pod,) = [limit for limit in limits["spec"]["limits"] if limit["type"] == "Pod"]
@@ -230,7 +193,7 @@ def test_range(platform: Platform, namespace: str) -> None:
     assert (memory(per_pod["min"]["memory"]), memory(per_pod["max"]["memory"])) == (low_memory, high_memory)
 
 
-def test_namespaces_and_their_pod_security(platform: Platform) -> None:
+def test_namespaces_and_their_pod_security(platform: Trial) -> None:
     found = {n["metadata"]["name"]: n["metadata"]["labels"] for n in platform.get("namespaces")["items"]}
     assert {*QUOTAS, *SYSTEM} <= set(found)
     for name in QUOTAS:
@@ -245,7 +208,7 @@ def test_namespaces_and_their_pod_security(platform: Platform) -> None:
 
 
 @pytest.mark.parametrize("service", SCALING)
-def test_horizontal_policy(platform: Platform, service: str) -> None:
+def test_horizontal_policy(platform: Trial, service: str) -> None:
     namespace, low, high, cpus, memories, up, up_s, down, down_s, _ = SCALING[service]
     spec = platform.get("hpa", service, "-n", namespace)["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"]) == (low, high)
@@ -258,7 +221,7 @@ def test_horizontal_policy(platform: Platform, service: str) -> None:
 
 
 @pytest.mark.parametrize("service", HOMES)
-def test_service(platform: Platform, service: str) -> None:
+def test_service(platform: Trial, service: str) -> None:
     namespace = HOMES[service]
     low_cpu, high_cpu, low_memory, high_memory = RANGES[KINDS[namespace]]
     template = platform.get("deployment", service, "-n", namespace)["spec"]["template"]["spec"]
@@ -276,7 +239,7 @@ def test_service(platform: Platform, service: str) -> None:
     assert platform.get("service", service, "-n", namespace)["spec"]["ports"][0]["port"] == 8080
 
 
-def test_node_limits_for_karpenter(platform: Platform) -> None:
+def test_node_limits_for_karpenter(platform: Trial) -> None:
     pools = {p["metadata"]["name"]: p["spec"] for p in platform.get("nodepool")["items"]}
     count = {name: cpu(spec["limits"]["cpu"]) / NODE_CPU for name, spec in pools.items()}
     assert NODES_MIN + sum(count.values()) == NODES_MAX
@@ -295,7 +258,7 @@ def test_node_limits_for_karpenter(platform: Platform) -> None:
     assert disks == [(SYSTEM_DISK_GI * GI, "gp3", True), (DATA_DISK_GI * GI, "gp3", True)]
 
 
-def test_node_limits_for_the_cluster_autoscaler(platform: Platform) -> None:
+def test_node_limits_for_the_cluster_autoscaler(platform: Trial) -> None:
     found = platform.get("configmap", "cluster-autoscaler-arguments", "-n", "kube-system")["data"]["arguments"].split()
     spot = NODES_MAX * SPOT_PERCENT // 100
     assert f"--max-nodes-total={NODES_MAX}" in found
@@ -309,14 +272,14 @@ def test_node_limits_for_the_cluster_autoscaler(platform: Platform) -> None:
 # ---- what the API server does with it ----
 
 
-def test_a_second_run_changes_nothing_and_a_check_neither(platform: Platform) -> None:
+def test_a_second_run_changes_nothing_and_a_check_neither(platform: Trial) -> None:
     for options in ((), ("--check",)):
         code, text, result = platform.run(*options)
         assert code == 0, text[-4000:]
         assert not result["changed"], result
 
 
-def test_a_quota_refuses_what_goes_beyond_it(platform: Platform) -> None:
+def test_a_quota_refuses_what_goes_beyond_it(platform: Trial) -> None:
     used = {}
     for _ in range(100):
         used = platform.get("resourcequota", "quota", "-n", "staging-cache")["status"].get("used", {})
@@ -343,7 +306,7 @@ def test_a_quota_refuses_what_goes_beyond_it(platform: Platform) -> None:
         ("500m", "512Mi", ""),
     ],
 )
-def test_a_range_refuses_what_is_outside(platform: Platform, cpus: str, amount: str, text: str) -> None:
+def test_a_range_refuses_what_is_outside(platform: Trial, cpus: str, amount: str, text: str) -> None:
     said = platform.refused(pod("production-api", cpus, amount))
     assert text in said if text else said == ""
 
@@ -361,7 +324,7 @@ ESCAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("spec", ESCAPES.values(), ids=ESCAPES)
-def test_pod_security_refuses_what_could_leave_its_container(platform: Platform, spec: dict[str, Any]) -> None:
+def test_pod_security_refuses_what_could_leave_its_container(platform: Trial, spec: dict[str, Any]) -> None:
     assert 'violates PodSecurity "restricted' in platform.refused(pod("production-api", "500m", "512Mi", **spec))
 
 
@@ -397,7 +360,7 @@ TOKEN = "serviceaccounts/token:break-glass"
         ("censuschat:nobody", "get pods production-api", False),
     ],
 )
-def test_roles(platform: Platform, group: str, action: str, allowed: bool) -> None:
+def test_roles(platform: Trial, group: str, action: str, allowed: bool) -> None:
     verb, what, namespace = action.split()
     assert platform.may(group, verb, what, namespace) is allowed
 
@@ -450,7 +413,7 @@ class OnCall:
 
 
 @pytest.fixture(scope="module")
-def on_call(platform: Platform) -> OnCall:
+def on_call(platform: Trial) -> OnCall:
     return OnCall(platform.cluster)
 
 
@@ -463,7 +426,7 @@ def signed(claims: dict[str, Any], header: dict[str, Any], key: ec.EllipticCurve
 
 
 def test_an_emergency_access_ends_by_itself_and_when_it_is_revoked(
-    platform: Platform, on_call: OnCall, tmp_path: Path
+    platform: Trial, on_call: OnCall, tmp_path: Path
 ) -> None:
     config = tmp_path / "inc-1.kubeconfig"
     wanted = {
@@ -535,7 +498,7 @@ def test_an_emergency_access_ends_by_itself_and_when_it_is_revoked(
     ],
 )
 def test_an_emergency_access_without_reason_or_end_is_refused(
-    platform: Platform, on_call: OnCall, tmp_path: Path, change: dict[str, Any], text: str
+    platform: Trial, on_call: OnCall, tmp_path: Path, change: dict[str, Any], text: str
 ) -> None:
     wanted = {
         "name": "inc-2",
@@ -547,7 +510,7 @@ def test_an_emergency_access_without_reason_or_end_is_refused(
     assert platform.get("secrets", "-n", "break-glass")["items"] == []
 
 
-def test_the_api_server_refuses_what_the_module_would_not_ask(platform: Platform, on_call: OnCall) -> None:
+def test_the_api_server_refuses_what_the_module_would_not_ask(platform: Trial, on_call: OnCall) -> None:
     """Not the module but the cluster keeps the rules: nobody gets round them with kubectl."""
 
     def create(kind: str, text: str, **annotations: str) -> str:
@@ -576,9 +539,8 @@ def test_the_api_server_refuses_what_the_module_would_not_ask(platform: Platform
 # ---- switches ----
 
 
-def test_keda_takes_the_autoscalers_place_with_the_same_numbers(platform: Platform) -> None:
-    code, text, _ = platform.run(kubernetes_platform_keda=True)
-    assert code == 0, text[-4000:]
+def test_keda_takes_the_autoscalers_place_with_the_same_numbers(platform: Trial) -> None:
+    platform.apply(kubernetes_platform_keda=True)
     assert platform.get("hpa", "-A")["items"] == []
     for service, (namespace, low, high, cpus, memories, up, up_s, down, down_s, custom) in SCALING.items():
         spec = platform.get("scaledobject", service, "-n", namespace)["spec"]
@@ -592,20 +554,19 @@ def test_keda_takes_the_autoscalers_place_with_the_same_numbers(platform: Platfo
         if custom:
             assert triggers["prometheus"]["metadata"]["threshold"] == custom
         assert triggers["prometheus"]["metadata"]["query"]
-    code, text, _ = platform.run()
-    assert code == 0, text[-4000:]
+    platform.apply()
     assert len(platform.get("hpa", "-A")["items"]) == 12
     assert platform.get("scaledobject", "-A")["items"] == []
 
 
 def test_a_switch_without_its_custom_resources_is_one_clear_error() -> None:
     with LocalCluster() as cluster:
-        code, _, result = Platform(cluster).run()
+        code, _, result = Platform(cluster, SITE).run()
     assert code != 0
     assert "VerticalPodAutoscaler" in result["msg"], result
 
 
-def test_bad_data_touch_nothing(platform: Platform) -> None:
+def test_bad_data_touch_nothing(platform: Trial) -> None:
     services = {"nlp": {"replicas": {"min": 99}, "colour": "blue"}}
     before = platform.get("namespace", "production-api")["metadata"]["resourceVersion"]
     code, text, _ = platform.run(kubernetes_platform_services=services)
