@@ -57,7 +57,7 @@ class Setting:
 
 
 SETTINGS = (
-    # All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, one with a kubelet up to 25.
+    # All nodes share the machine's inotify instances, 128 as a rule: a node uses 5, a worker 14, a control plane 29.
     Setting("fs.inotify.max_user_instances", 1024, least=True),
     # A kubelet sets these itself, and does not start where it finds others and cannot.
     Setting("vm.overcommit_memory", 1),
@@ -77,9 +77,9 @@ MODULES = {
 #: Free memory in MiB a node. Measured with the site deployed, anonymous memory of its processes: app 24-47, db 89-129,
 #: witness 41; the rest is for PostgreSQL's shared buffers and page cache.
 MEMORY_NODE = {"app": 80, "db": 240, "witness": 80}
-#: And in addition for a node of a cluster. Measured likewise, all of the node's processes, without the application's
-#: pods (25 each): 430-480 a control plane, 92-99 a worker.
-MEMORY_CLUSTER = {"": 0, "control-plane": 450, "worker": 100}
+#: And in addition for a node of a cluster. Measured likewise, all processes of the node and its pods: with the
+#: application 407-579 a control plane, 152-220 a worker; without it 430-480 and 92-99.
+MEMORY_CLUSTER = {"": 0, "control-plane": 500, "worker": 150}
 #: For Ansible, the AWS emulator, the clients.
 MEMORY_BASE = 600
 #: podman's engine settings for the lab, named to podman by CONTAINERS_CONF.
