@@ -283,11 +283,11 @@ def test_a_quota_refuses_what_goes_beyond_it(platform: Trial) -> None:
     used = {}
     for _ in range(100):
         used = platform.get("resourcequota", "quota", "-n", "staging-cache")["status"].get("used", {})
-        if used.get("limits.cpu") == "1":
+        if used.get("limits.cpu") == "900m":
             break
         time.sleep(0.2)
-    # One pod of the cache, which may have a whole CPU, runs; two CPUs are drawn.
-    assert used["limits.cpu"] == "1"
+    # One pod of the cache runs, two CPUs are drawn: a pod of one fits, a small one beside it does not.
+    assert used["limits.cpu"] == "900m"
     assert platform.refused(pod("staging-cache", "1", "512Mi")) == ""
     platform.cluster.kubectl("create", "-f", "-", stdin=json.dumps(pod("staging-cache", "1", "512Mi")))
     again = pod("staging-cache", "250m", "256Mi")

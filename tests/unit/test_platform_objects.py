@@ -323,6 +323,21 @@ def test_switches_add_their_objects_and_nothing_else() -> None:
     mesh = rendered("production", switches={"mesh": True})
     assert mesh[("Namespace", "", "production-api")]["metadata"]["labels"]["istio-injection"] == "enabled"
     assert ("NetworkPolicy", "monitoring", "from-production-api-query") in mesh
+    annotations = mesh[("Deployment", "production-api", "query")]["spec"]["template"]["metadata"]["annotations"]
+    assert annotations["sidecar.istio.io/proxyCPULimit"] == "100m"
+
+
+def test_a_sidecar_counts_towards_ranges_and_quotas() -> None:
+    mesh = {"switches": {"mesh": True}}
+    whole = {"services": {"cache": {"resources": {"limits": {"cpu": 1, "memory": "1Gi"}}}}}
+    model.read(CATALOGUE, site("production", **whole))
+    with pytest.raises(
+        reader.PlatformError, match="its limit of cpu and that of the mesh's sidecar together are outside"
+    ):
+        model.read(CATALOGUE, site("production", **whole, **mesh))
+    # 4 CPU hold two pods of 2, and not their sidecars.
+    with pytest.raises(reader.PlatformError, match="is 4 CPU and 16Gi, but the fewest replicas"):
+        model.read(CATALOGUE, site("development", **mesh))
 
 
 def test_a_stage_can_be_added_by_data() -> None:

@@ -249,6 +249,7 @@ class Platform:
     paths: tuple[Path, ...]
     services: tuple[Service, ...]
     priorities: tuple[Priority, ...]
+    sidecar: Amount
     access: Access
     nodes: Nodes
     switches: Mapping[str, bool]
@@ -264,6 +265,10 @@ class Platform:
 
     def on(self, switch: str) -> bool:
         return self.switches[switch]
+
+    def limits(self, service: Service) -> Amount:
+        """What one pod of the service may use, its sidecar included."""
+        return service.limits.plus(self.sidecar)
 
 
 def read(catalogue: Mapping[str, Any], site: Mapping[str, Any]) -> Platform:
@@ -314,6 +319,7 @@ class _Parser:
             namespaces=namespaces,
             paths=self._paths(namespaces, services),
             services=services,
+            sidecar=self._sidecar(),
             priorities=tuple(_priority(name, reader) for name, reader in top.entries("priorities")),
             access=_access(top.reader("access")),
             nodes=_nodes(top.reader("nodes")),
@@ -325,6 +331,12 @@ class _Parser:
             missing_blocks=tuple(self._missing),
             homeless=tuple(self._homeless),
         )
+
+    def _sidecar(self) -> Amount:
+        """What the mesh adds to each pod: nothing while it is off."""
+        with self._top.reader("sidecar") as reader:
+            amount = Amount(reader.amount("cpu", cpu), reader.amount("memory", memory))
+            return amount if self._switches["mesh"] else Amount(0, 0)
 
     def _wanted(self, reader: Reader) -> bool:
         """Whether the switch that the entry needs is on."""
@@ -746,7 +758,7 @@ def _check(platform: Platform, problems: Problems) -> None:
         names = [path.replace("/", "__") for path in dict(service.files)]
         for name in sorted({name for name in names if names.count(name) > 1}):
             problems.add(where, f"two of its files would both be kept as {name}")
-        _check_resources(where, service, platform.ranges[service.kind], problems)
+        _check_resources(where, service, platform.ranges[service.kind], platform.sidecar, problems)
         if platform.on("vpa") and service.vertical and service.vertical.mode != "Off" and service.scaling:
             problems.add(
                 where,
@@ -766,7 +778,7 @@ def _check(platform: Platform, problems: Problems) -> None:
             continue
         least = Amount(0, 0)
         for service in inside:
-            least = least.plus(service.limits.times(service.replicas(platform.active)))
+            least = least.plus(platform.limits(service).times(service.replicas(platform.active)))
         if not least.within(namespace.quota):
             problems.add(
                 f"platform.namespaces.{namespace.name}.quota",
@@ -775,7 +787,7 @@ def _check(platform: Platform, problems: Problems) -> None:
             )
 
 
-def _check_resources(where: str, service: Service, allowed: Range, problems: Problems) -> None:
+def _check_resources(where: str, service: Service, allowed: Range, sidecar: Amount, problems: Problems) -> None:
     drawn = f"the range of kind {service.kind}, {allowed.low} to {allowed.high}"
     for key in ("cpu", "memory"):
         low, high = getattr(allowed.low, key), getattr(allowed.high, key)
@@ -786,6 +798,8 @@ def _check_resources(where: str, service: Service, allowed: Range, problems: Pro
             problems.add(where, f"its request of {key} is outside {drawn}")
         if not low <= limit <= high:
             problems.add(where, f"its limit of {key} is outside {drawn}")
+        elif limit + getattr(sidecar, key) > high:
+            problems.add(where, f"its limit of {key} and that of the mesh's sidecar together are outside {drawn}")
         vertical = getattr(service.vertical, key) if service.vertical else None
         if vertical and not low <= vertical[0] <= vertical[1] <= limit:
             problems.add(where, f"its VPA may set {key} outside {drawn}, or above the limit")

@@ -43,11 +43,11 @@ def fits(quota: Amount, one: Amount) -> int:
     return min(quota.cpu // one.cpu, quota.memory // one.memory)
 
 
-def total(services: list[Service], count: str) -> Amount:
+def total(platform: Platform, services: list[Service], count: str) -> Amount:
     """The limits of all pods together, at their `minimum` or `maximum` count."""
     amount = Amount(0, 0)
     for service in services:
-        amount = amount.plus(service.limits.times(getattr(service, count)))
+        amount = amount.plus(platform.limits(service).times(getattr(service, count)))
     return amount
 
 
@@ -56,11 +56,13 @@ def _count(pods: int) -> str:
 
 
 def _namespace(platform: Platform, namespace: Namespace, quota: Amount, inside: list[Service]) -> Iterator[Finding]:
-    least, most = total(inside, "minimum"), total(inside, "maximum")
+    least, most = total(platform, inside, "minimum"), total(platform, inside, "maximum")
     fewest = sum(s.minimum for s in inside)
     if not most.within(quota):
         free = Amount(quota.cpu - least.cpu, quota.memory - least.memory)
-        reach = ", ".join(f"{s.name} {min(s.maximum, s.minimum + fits(free, s.limits))} of {s.maximum}" for s in inside)
+        reach = ", ".join(
+            f"{s.name} {min(s.maximum, s.minimum + fits(free, platform.limits(s)))} of {s.maximum}" for s in inside
+        )
         yield Finding(
             f"{namespace.name}: quota and the most replicas",
             "the quota",
@@ -85,7 +87,7 @@ def _stages(platform: Platform) -> Iterator[Finding]:
             continue
         homes = {n.name for n in platform.namespaces if n.stage == platform.stages[0] and n.tier == namespace.tier}
         model = [s for s in platform.services if s.namespace in homes]
-        least = total(model, "minimum")
+        least = total(platform, model, "minimum")
         if not least.within(namespace.quota):
             yield Finding(
                 f"{namespace.name}: quota and the fewest replicas",

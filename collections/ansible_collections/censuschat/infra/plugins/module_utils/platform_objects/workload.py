@@ -78,13 +78,27 @@ def _deployment(platform: Platform, service: Service) -> dict[str, Any]:
             "spec": _pod(platform, service),
         },
     }
-    sums = _sums(service)
-    if sums:
-        spec["template"]["metadata"]["annotations"] = sums
+    annotations = {**_sums(service), **_sidecar(platform)}
+    if annotations:
+        spec["template"]["metadata"]["annotations"] = annotations
     # With an autoscaler the count is its alone; two writers would undo each other at every run.
     if not service.scaling:
         spec["replicas"] = service.replicas(platform.active)
     return spec
+
+
+def _sidecar(platform: Platform) -> dict[str, str]:
+    """How large the mesh makes its sidecar. Istio's own size, up to 2 CPUs, is all that most pods may have."""
+    if not platform.on("mesh"):
+        return {}
+    amount = platform.sidecar.quantities()
+    name = "sidecar.istio.io/proxy"
+    return {
+        f"{name}CPU": amount["cpu"],
+        f"{name}CPULimit": amount["cpu"],
+        f"{name}Memory": amount["memory"],
+        f"{name}MemoryLimit": amount["memory"],
+    }
 
 
 def _sums(service: Service) -> dict[str, str]:
