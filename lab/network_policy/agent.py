@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from . import cni, model, routes, table
 from .api import Access, Copy
@@ -146,22 +146,22 @@ def run(config: Config) -> None:
     threading.excepthook = _end
     bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     agent = Agent(config, lambda: os.eventfd_write(bell, 1))
-    pathlib.Path(config.results_directory).mkdir(parents=True, exist_ok=True, mode=0o700)
-    given = _watch_directory(config.results_directory)
+    given = Watch(config.results_directory)
     begin(config)
     agent.start()
     tell("READY=1")
     told, failed = "", ""
     pause = LOOK_S
     while True:
-        ready, _, _ = select.select([bell, given], [], [], pause)
+        ready, _, _ = select.select([bell, given.descriptor], [], [], pause)
         if ready:
             time.sleep(GATHER_S)
-        for descriptor in (bell, given):
+        for descriptor in (bell, given.descriptor):
             with contextlib.suppress(BlockingIOError):
                 os.read(descriptor, 65536)
         pause = LOOK_S
         try:
+            given.renew()
             state, failed = agent.work(), ""
         except (table.CommandError, OSError) as error:
             pause = 1.0
@@ -191,15 +191,27 @@ def _policy(said: model.Json) -> model.Policy:
         return closing
 
 
-def _watch_directory(path: str) -> int:
-    """A descriptor that can be read when a file of the directory was written or removed."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    descriptor = int(libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
-    mask = _IN_CLOSE_WRITE | _IN_MOVED_TO | _IN_DELETE
-    if descriptor < 0 or libc.inotify_add_watch(descriptor, os.fsencode(path), mask) < 0:
+class Watch:
+    """Tells when a file of a directory was written or removed; `descriptor` can then be read."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.descriptor = int(self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        if self.descriptor < 0:
+            self._fail("fs.inotify.max_user_instances may be too low")
+        self.renew()
+
+    def renew(self) -> None:
+        """Watches the directory that has the path now: one that a leaving node removed is made again."""
+        pathlib.Path(self._path).mkdir(parents=True, exist_ok=True, mode=0o700)
+        mask = _IN_CLOSE_WRITE | _IN_MOVED_TO | _IN_DELETE
+        if self._libc.inotify_add_watch(self.descriptor, os.fsencode(self._path), mask) < 0:
+            self._fail("fs.inotify.max_user_watches may be too low")
+
+    def _fail(self, hint: str) -> NoReturn:
         number = ctypes.get_errno()
-        raise OSError(number, f"watching {path}: {os.strerror(number)} (fs.inotify.max_user_instances may be too low)")
-    return descriptor
+        raise OSError(number, f"watching {self._path}: {os.strerror(number)} ({hint})")
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import os
+import select
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,6 +178,32 @@ def test_a_boot_begins_closed_and_goes_on_with_its_last_table(tmp_path: Path) ->
     assert agent.standing(own) == own.closed == table.render(closed("10.78.0.0/17"))
     own.saved.write_text("the last one")
     assert agent.standing(own) == "the last one"
+
+
+def heard(watch: agent.Watch) -> bool:
+    """Whether something was told, which is then taken as told."""
+    ready, _, _ = select.select([watch.descriptor], [], [], 0.2)
+    return bool(ready and os.read(watch.descriptor, 65536))
+
+
+def test_a_directory_is_watched_also_after_it_was_removed(tmp_path: Path) -> None:
+    directory = tmp_path / "cni" / "results"
+    watch = agent.Watch(str(directory))
+    try:
+        assert not heard(watch)
+        (directory / "one").write_text("address")
+        assert heard(watch)
+        watch.renew()
+        assert not heard(watch)
+        shutil.rmtree(directory)
+        assert heard(watch)
+        watch.renew()
+        (directory / "two").write_text("address")
+        assert heard(watch)
+        (directory / "two").unlink()
+        assert heard(watch)
+    finally:
+        os.close(watch.descriptor)
 
 
 @pytest.mark.parametrize(
