@@ -123,6 +123,7 @@ spec:
   selector:
     matchExpressions:
       - {key: .metadata.deletionTimestamp, operator: Exists}
+      - {key: '.metadata.labels["trial/never-ends"]', operator: DoesNotExist}
   next:
     finalizers: {empty: true}
     delete: true
@@ -194,7 +195,8 @@ class LocalCluster:
     """See the module. `minor` is a version of lab/programs; `api_flags` are added to kube-apiserver's.
 
     nodes: how many nodes kwok simulates, named node-0 and on; with controller_manager and scheduler their pods become
-    Running and Ready by themselves. A pod labelled trial/stays-unready never does.
+    Running and Ready by themselves. A pod labelled trial/stays-unready never does, and one labelled
+    trial/never-ends is not taken away when it is deleted.
     """
 
     def __init__(

@@ -200,10 +200,12 @@ class Client:
 
     def _pause(self, attempt: int, started: float, retry_after: str | None = None) -> float | None:
         """Seconds until the next attempt, None when patience has ended."""
-        delay = min(8.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries
+        left = self.patience - (time.monotonic() - started)
+        delay = min(4.0, 0.1 * 2 ** min(attempt, 8)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads retries
         if retry_after and retry_after.isdigit():
             delay = max(delay, float(retry_after))
-        return None if time.monotonic() + delay - started > self.patience else delay
+            return delay if delay <= left else None
+        return min(delay, left) if left > 0 else None
 
     def _refuse_tls(self, error: Exception) -> None:
         """Certificates do not become valid by waiting: KubeError at once."""
