@@ -81,8 +81,8 @@ def probe(ask):
     except TimeoutError:
         return "dropped"
     except OSError as error:
-        if error.errno == errno.ECONNREFUSED:
-            return "refused"
+        if error.errno in (errno.ECONNREFUSED, errno.ENETUNREACH):
+            return "refused" if error.errno == errno.ECONNREFUSED else "unreachable"
         return "dropped" if error.errno in (errno.EHOSTUNREACH, errno.EACCES) else "error: " + str(error)
     finally:
         if made is not None:
@@ -310,7 +310,7 @@ class Pods:
         """The answers to all questions, which are asked side by side: "open", "refused" or "dropped".
 
         Refused is the other end's word: the packet arrived and nobody listens. Dropped is what a policy does, told by a
-        node or by silence.
+        node or by silence. Where no way leads at all it is "unreachable".
         """
         waiting = [self._put(ask, "probe", patience) for ask in asks]
         return [self._answer(answer, ask.source, patience) for answer, ask in zip(waiting, asks, strict=True)]
