@@ -152,6 +152,12 @@ def test_a_second_restore_after_a_finished_one() -> None:
         ("start", WANTED, RUNNING, "the step stop has to come before start"),
         ("start", WANTED, dataclasses.replace(STOPPED, running=("kube-apiserver",)), "kube-apiserver runs on cp1"),
         ("stop", WANTED, dataclasses.replace(RUNNING, state=State("censuschat-old")), "an unfinished restore"),
+        (
+            "stop",
+            WANTED,
+            restore.Observed(State(WANTED.token, restored=True, finished=True), ("kube-scheduler",), ()),
+            "give this restore an id of its own",
+        ),
         ("check", dataclasses.replace(WANTED, name="cp9"), RUNNING, "cp9 is not among the members"),
         ("check", dataclasses.replace(WANTED, members=dict(list(MEMBERS.items())[:2])), RUNNING, "name an odd number"),
     ],

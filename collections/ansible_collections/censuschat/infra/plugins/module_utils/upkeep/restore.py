@@ -80,6 +80,11 @@ def plan(step: str, wanted: Wanted, observed: Observed, *, foreseen: bool = Fals
             f"it up, move the manifests in there back to {static_pods.MANIFESTS} and delete {ASIDE}"
         )
     if same and state.finished:
+        if not {ETCD, APISERVER} <= set(observed.running):
+            raise UpkeepError(
+                f"{wanted.name} was restored from this snapshot under the id {wanted.run_id} before, and its control plane "
+                "is down again: give this restore an id of its own (-e restore_id=WORD)"
+            )
         return []
     if step == "check":
         return []
