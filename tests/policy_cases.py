@@ -56,7 +56,8 @@ def cluster(case: dict[str, Any]) -> model.Cluster:
         {name: {name_label: name, **labels} for name, labels in WORLD["namespaces"].items()},
         [
             model.Pod(
-                *name.split("/"),
+                namespace=name.partition("/")[0],
+                name=name.partition("/")[2],
                 uid=name,
                 node=said["node"],
                 addresses=(said["address"],),
