@@ -82,8 +82,8 @@ def plan(step: str, wanted: Wanted, observed: Observed, *, foreseen: bool = Fals
     if same and state.finished:
         if not {ETCD, APISERVER} <= set(observed.running):
             raise UpkeepError(
-                f"{wanted.name} was restored from this snapshot under the id {wanted.run_id} before, and its control plane "
-                "is down again: give this restore an id of its own (-e restore_id=WORD)"
+                f"{wanted.name} was restored from this snapshot under the id {wanted.run_id} before, and its control "
+                "plane is down again: give this restore an id of its own (-e restore_id=WORD)"
             )
         return []
     if step == "check":
