@@ -49,8 +49,8 @@ options:
   state:
     description:
       - Whether the Node objects are there.
-      - V(observed) changes nothing and returns RV(version), which is empty when there is no cluster or it does not
-        answer.
+      - V(observed) changes nothing and returns RV(version) and RV(control_planes), which are empty when there is no
+        cluster or it does not answer.
     type: str
     choices: [present, absent, observed]
     default: present
@@ -90,6 +90,12 @@ version:
   returned: when O(state=observed)
   type: str
   sample: 1.35.4
+control_planes:
+  description: Names of the control planes that are Ready.
+  returned: when O(state=observed)
+  type: list
+  elements: str
+  sample: [use1-cp1, use1-cp2]
 """
 
 import base64
@@ -241,14 +247,16 @@ def run(module: AnsibleModule) -> list[str]:
         return cluster.actions
 
 
-def serving(kubeconfig: str) -> str:
-    """The version of the API server, without v; empty when there is none that answers."""
+def observe(kubeconfig: str) -> dict[str, Any]:
+    """What the cluster runs; nothing when there is none that answers."""
     try:
         with contextlib.closing(Api(Access.of(kubeconfig))) as api:
-            return str(api.get("/version")["gitVersion"]).removeprefix("v")
+            version = str(api.get("/version")["gitVersion"]).removeprefix("v")
+            planes = api.get("/api/v1/nodes?labelSelector=node-role.kubernetes.io%2Fcontrol-plane").get("items") or []
     except ApiError:
         # Whether that is a fault is not this call's question: a cluster that is to be repaired does not answer either.
-        return ""
+        return {"version": "", "control_planes": []}
+    return {"version": version, "control_planes": sorted(p["metadata"]["name"] for p in planes if not ready(p))}
 
 
 def main() -> None:
@@ -275,7 +283,7 @@ def main() -> None:
     if MISSING:
         module.fail_json(msg=missing_required_lib("cryptography"), exception=MISSING)
     if module.params["state"] == "observed":
-        module.exit_json(changed=False, actions=[], version=serving(module.params["kubeconfig"]))
+        module.exit_json(changed=False, actions=[], **observe(module.params["kubeconfig"]))
     try:
         actions = run(module)
     except NodeError as error:

@@ -53,8 +53,8 @@ class Observed:
 
     joined: it has a kubelet's credentials. control_plane: it has an API server's manifest. pending: `found` or `join`
     when kubeadm was interrupted in it. active: the kubelet runs. configuration: hash that the API server's manifest
-    carries. version: of the API server's image, without v. remains: paths of an earlier membership. members: names of
-    the etcd members, with whether each serves; empty when not asked.
+    carries. version: of the API server's image, without v. remains: what is left of an earlier membership. data: where
+    etcd's data of one is. members: names of the etcd members, with whether each serves; empty when not asked.
     """
 
     joined: bool = False
@@ -64,6 +64,7 @@ class Observed:
     configuration: str = ""
     version: str = ""
     remains: tuple[str, ...] = ()
+    data: str = ""
     seen: Seen = Seen.NOT_ASKED
     why: str = ""
     members: Mapping[str, bool] = dataclasses.field(default_factory=dict)
@@ -116,6 +117,8 @@ def plan(wanted: Wanted, observed: Observed, peers: Peers | None = None) -> tupl
     if observed.pending == "join" and observed.seen is not Seen.REGISTERED:
         return Step.REJOIN, "an earlier join was interrupted"
     if not observed.joined:
+        if observed.data:
+            return _with_data(wanted, observed, peers)
         if observed.remains:
             return Step.REJOIN, f"remains of an earlier membership: {', '.join(observed.remains)}"
         if not wanted.control_plane:
@@ -140,6 +143,19 @@ def plan(wanted: Wanted, observed: Observed, peers: Peers | None = None) -> tupl
         if wanted.configuration and observed.configuration != wanted.configuration:
             return Step.RECONFIGURE, "its configuration changed"
     return Step.NOTHING, ""
+
+
+def _with_data(wanted: Wanted, observed: Observed, peers: Peers | None) -> tuple[Step, str]:
+    """A node without membership but with etcd's data gives them up only when its cluster lives elsewhere."""
+    why = f"it is no member any more but has etcd's data in {observed.data}"
+    if wanted.control_plane and peers is None:
+        return Step.ENTER, why
+    if wanted.control_plane and peers and [name for name in peers.members if name != wanted.name]:
+        return Step.REJOIN, why
+    raise NodeError(
+        f"{wanted.name} is no member of a cluster but has etcd's data in {observed.data}, which may be the last copy "
+        "of one: nothing was touched. Restore the cluster from it or from a snapshot, or move it away, then run again"
+    )
 
 
 def _enter(wanted: Wanted, observed: Observed, peers: Peers | None, why: str) -> tuple[Step, str]:
@@ -169,8 +185,13 @@ def _enter(wanted: Wanted, observed: Observed, peers: Peers | None, why: str) ->
 
 
 def _leave(wanted: Wanted, observed: Observed) -> tuple[Step, str]:
-    if not (observed.joined or observed.pending or observed.remains):
+    if not (observed.joined or observed.pending or observed.remains or observed.data):
         return Step.NOTHING, ""
+    if not observed.joined and observed.data and not observed.pending:
+        raise NodeError(
+            f"{wanted.name} is no member of a cluster but has etcd's data in {observed.data}, which may be the last "
+            "copy of one: nothing was touched. Move it away, then run again"
+        )
     if not observed.control_plane or observed.pending == "join":
         return Step.RESET, "it is a member" if observed.joined else "remains of an earlier membership"
     if refusal := may_leave(wanted.name, observed.members):

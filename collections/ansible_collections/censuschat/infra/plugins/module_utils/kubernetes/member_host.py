@@ -61,11 +61,7 @@ class Host:
         joined = KUBELET.exists()
         control_plane = bool(manifest)
         active = self.commands.run(["systemctl", "is-active", "--quiet", "kubelet.service"]).code == 0
-        remains = tuple(
-            str(p)
-            for p in (KUBERNETES / "bootstrap-kubelet.conf", API_MANIFEST, ETCD_DATA)
-            if not joined and p.exists()
-        )
+        remains = () if joined else self._remains()
         annotation = re.search(rf"{re.escape(ANNOTATION)}: [\"']?([0-9a-f]+)", manifest)
         image = re.search(r"image: \S+/kube-apiserver:v(\S+)", manifest)
         seen, why = self._ask(deadline) if joined and active else (Seen.NOT_ASKED, "")
@@ -77,10 +73,19 @@ class Host:
             configuration=annotation.group(1) if annotation else "",
             version=image.group(1) if image else "",
             remains=remains,
+            data=str(ETCD_DATA) if not joined and ETCD_DATA.exists() else "",
             seen=seen,
             why=why,
             members=self._members() if members and control_plane else {},
         )
+
+    def _remains(self) -> tuple[str, ...]:
+        """What an earlier membership left on a node that has none."""
+        left = [str(p) for p in (KUBERNETES / "bootstrap-kubelet.conf", API_MANIFEST) if p.exists()]
+        listed = self.commands.run(["/usr/local/bin/ctr", "--namespace", "k8s.io", "containers", "list", "--quiet"])
+        if listed.code == 0 and (number := len(listed.out.split())):
+            left.append(f"{number} containers")
+        return tuple(left)
 
     def _ask(self, deadline: float) -> tuple[Seen, str]:
         """What the API server says of this node; asked again until the deadline while it does not answer."""

@@ -179,10 +179,11 @@ def _ports(wanted: Wanted, facts: Facts) -> list[str]:
     found = []
     for port, program in sorted(wants.items()):
         holder = facts.listening.get(port)
-        if not holder or (holder == program and (facts.member or program == "haproxy")):
+        # What Kubernetes left is cleared away by a join; an etcd may as well be another service's.
+        if not holder or (holder == program and (facts.member or program != "etcd")):
             continue
         remedy = (
-            "it is left from an earlier cluster; remove the node first (playbook cluster_remove.yml)"
+            "give that one other ports or, if an earlier cluster left it, remove the node (playbook cluster_remove.yml)"
             if holder == program
             else "stop it or give it another port"
         )
