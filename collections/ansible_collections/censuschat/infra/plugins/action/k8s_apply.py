@@ -36,17 +36,13 @@ class ActionModule(ActionBase):
         local = ""
         try:
             if definition is not None or rendered:
-                entries = definition if isinstance(definition, list) else [definition]
-                text = json.dumps(
-                    {"definition": [e for e in entries if e is not None], "templates": rendered}, default=str
-                )
+                entries = definition if isinstance(definition, list) or definition is None else [definition]
+                text = json.dumps({"definition": entries, "templates": rendered}, default=str)
                 descriptor, local = tempfile.mkstemp(dir=C.DEFAULT_LOCAL_TMP)
                 with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
                     handle.write(text)
                 arguments["payload"] = self._place(local)
-            done: dict[str, Any] = self._execute_module(
-                "censuschat.infra.k8s_apply", arguments, task_vars=task_vars, wrap_async=self._task.async_val
-            )
+            done: dict[str, Any] = self._execute_module("censuschat.infra.k8s_apply", arguments, task_vars=task_vars)
         finally:
             if local:
                 os.unlink(local)

@@ -135,8 +135,9 @@ def _items(parameters: Mapping[str, Any]) -> Iterator[Item]:
     given = False
     if parameters["payload"]:
         payload = json.loads(Path(parameters["payload"]).read_bytes())
+        # An empty list is a set like any other.
+        given = payload.get("definition") is not None
         for number, entry in enumerate(payload.get("definition") or [], 1):
-            given = True
             if isinstance(entry, str):
                 yield from read_text("definition", entry)
             elif entry is not None:
