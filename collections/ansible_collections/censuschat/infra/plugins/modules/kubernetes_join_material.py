@@ -14,6 +14,8 @@ description:
   - Makes room for the nodes. Node objects of their names, left by machines that are empty now, are deleted.
   - With O(control_plane) it must run on a control plane. It then also puts the shared certificates into the cluster,
     encrypted with a key that only the result holds, and takes the nodes' old members out of etcd.
+  - A refusal is part of the result, since C(no_log) would hide a failure's words. M(censuschat.infra.kubernetes_member)
+    fails with it.
   - Use it for nodes that M(censuschat.infra.kubernetes_member) found not to be members.
 author:
   - CensusChat platform team (@censuschat)
@@ -74,6 +76,9 @@ join:
       type: str
     certificate_key:
       description: Key of the certificates shared among control planes.
+      type: str
+    refusal:
+      description: Why the nodes were not admitted; empty when they were.
       type: str
 """
 
@@ -178,8 +183,8 @@ def main() -> None:
     try:
         join = run(module)
     except NodeError as error:
-        module.fail_json(msg=str(error))
-    module.exit_json(changed=True, join=join)
+        module.exit_json(changed=False, join={"refusal": str(error)})
+    module.exit_json(changed=True, join={**join, "refusal": ""})
 
 
 if __name__ == "__main__":

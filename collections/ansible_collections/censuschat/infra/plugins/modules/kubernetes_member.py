@@ -109,6 +109,10 @@ options:
         description: Key of the shared certificates of control planes.
         type: str
         default: ""
+      refusal:
+        description: Why the node was not admitted. Given, and the node has to join, the call fails with it.
+        type: str
+        default: ""
   wait_s:
     description: How long kubeadm may take, in seconds.
     type: int
@@ -196,8 +200,10 @@ def run(module: AnsibleModule) -> dict[str, object]:
     step, why = plan(wanted, observed, peers if p["turn"] else None)
     waits = (step in IN_TURN or step is Step.RESET) and not p["turn"]
     if step is not Step.NOTHING and not waits and not module.check_mode:
-        if step in (Step.JOIN, Step.REJOIN) and not (p["join"] or {}).get("token"):
-            raise NodeError(f"{p['name']} has to join ({why}): join needs a token of kubernetes_join_material")
+        join = p["join"] or {}
+        if step in (Step.JOIN, Step.REJOIN) and not join.get("token"):
+            refusal = join.get("refusal") or "join needs a token of kubernetes_join_material"
+            raise NodeError(f"{p['name']} has to join ({why}) and was not admitted: {refusal}")
         host.apply(step, wanted, p, p["wait_s"])
     changed = step is not Step.NOTHING and not waits
     return {
@@ -241,6 +247,7 @@ def main() -> None:
                     "token": {"type": "str", "default": "", "no_log": True},
                     "authority": {"type": "str", "default": ""},
                     "certificate_key": {"type": "str", "default": "", "no_log": True},
+                    "refusal": {"type": "str", "default": ""},
                 },
             },
             "wait_s": {"type": "int", "default": 240},
