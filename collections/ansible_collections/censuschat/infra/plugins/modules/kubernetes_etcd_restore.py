@@ -88,8 +88,9 @@ actions:
   elements: str
   sample: [restore use1-cp1 from censuschat-us-east-1_use1-cp1_20261121T150000Z.db, keep what was there]
 found:
-  description: For V(check) the snapshot's revision and keys, for V(start) how many namespaces and secrets the API
-  reads. returned: always
+  description:
+    - For V(check) the snapshot's revision and keys, for V(start) how many namespaces and secrets the API reads.
+  returned: always
   type: dict
   sample: {"namespaces": 9, "secrets": 14}
 """

@@ -16,7 +16,6 @@ import datetime
 import email.utils
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -375,7 +374,3 @@ def main(arguments: Sequence[str]) -> int:
     os.umask(0o077)
     path = arguments[0] if arguments else CONFIG
     return reported(lambda: job(Config.of(config_of(path))), name="kubernetes-certificates")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,11 +180,17 @@ def publish(path: str, metrics: Sequence[Metric]) -> None:
         write_whole(Path(path), render_metrics(metrics), 0o644)
 
 
+def say(line: str) -> None:
+    """One line for the journal, at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def reported(job: Callable[[], str], *, name: str) -> int:
     """Run a job for systemd: its result or its failure as one line, and the exit code."""
     try:
-        print(f"{name}: {job()}", flush=True)
+        say(f"{name}: {job()}")
     except UpkeepError as error:
-        print(f"{name}: failed: {error}", flush=True)
+        say(f"{name}: failed: {error}")
         return 1
     return 0

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .common import Metric, UpkeepError, alone, config_of, free_bytes, publish, reported, sha256_of, sync_directory
+from .common import Metric, UpkeepError, alone, config_of, free_bytes, publish, reported, say, sha256_of, sync_directory
 from .snapshots import NAME, expired, taken_at
 
 SENDERS = Path("/etc/censuschat/etcd-copies.d")
@@ -159,8 +159,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         sender = Sender.of(config_of(str(SENDERS / f"{arguments[1]}.json")))
         offer = offer_of(os.environ.get("SSH_ORIGINAL_COMMAND", ""), sender)
-        print(take(sender, offer, sys.stdin.buffer))
+        say(take(sender, offer, sys.stdin.buffer))
     except (UpkeepError, IndexError, ValueError) as error:
-        print(f"refused: {error}", file=sys.stderr)
+        sys.stderr.write(f"refused: {error}\n")
         return 1
     return 0

@@ -11,7 +11,6 @@ import base64
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,7 +109,3 @@ def job() -> str:
 def main(_arguments: Sequence[str]) -> int:
     """`censuschat-kubelet-serving`: exit code 0 unless a request waits that must not be approved, or the API fails."""
     return reported(job, name="kubelet-serving")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -288,7 +287,3 @@ def main(arguments: Sequence[str]) -> int:
     """`censuschat-etcd-snapshot`: exit code 0 when a proven snapshot lies here and at every target, else 1."""
     path = arguments[0] if arguments else CONFIG
     return reported(lambda: job(Config.of(config_of(path))), name="etcd-snapshot")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
