@@ -40,6 +40,11 @@ def plugins() -> None:
 
 def rendered(role: str, template: str, **given: Any) -> str:
     """A template of a role, with the role's defaults and variables below what is given."""
+    return str(valued(role, f"lookup('ansible.builtin.template', '{template}')", **given))
+
+
+def valued(role: str, expression: str, **given: Any) -> Any:
+    """An expression in a role, with the role's defaults and variables below what is given."""
     plugins()
     loader = DataLoader()
     variables: dict[str, Any] = {"role_path": str(ROLES / role), "ansible_search_path": [str(ROLES / role)]}
@@ -48,8 +53,7 @@ def rendered(role: str, template: str, **given: Any) -> str:
         if path.exists():
             variables |= loader.load_from_file(str(path), trusted_as_template=True)
     templar = Templar(loader=loader, variables=variables | given)
-    text = f"{{{{ lookup('ansible.builtin.template', '{template}') }}}}"
-    return str(templar.template(trust_as_template(text)))
+    return templar.template(trust_as_template(f"{{{{ {expression} }}}}"))
 
 
 def documents(**given: Any) -> dict[str, dict[str, Any]]:
@@ -122,6 +126,44 @@ def test_every_file_that_a_flag_names_is_mounted() -> None:
     for flag, value in flags(server).items():
         if value.startswith("/"):
             assert any(value == path or value.startswith(f"{path}/") for path in mounted), flag
+
+
+def seen(step: str, member: bool = False) -> dict[str, Any]:
+    """What the first look at a control plane said."""
+    return {"kubernetes_control_plane_member": {"step": step, "member": member}}
+
+
+FOUNDED = {"kubernetes_control_plane_founded": {"step": "found"}}
+MEMBER = seen("nothing", member=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "running", "members", "joining", "unseen"),
+    [
+        # A new cluster: before it is founded, and then.
+        ([seen("enter")] * 3, [], [], ["cp1", "cp2", "cp3"], []),
+        ([seen("enter") | FOUNDED, seen("enter"), seen("enter")], [], ["cp1"], ["cp2", "cp3"], []),
+        # One that stands: the first in the inventory's order speaks for all.
+        ([MEMBER, MEMBER, MEMBER], ["cp3", "cp2", "cp1"], ["cp1", "cp2", "cp3"], [], []),
+        # The first was emptied.
+        ([seen("enter"), MEMBER, MEMBER], ["cp2", "cp3"], ["cp2", "cp3"], ["cp1"], []),
+        # One alone in the run: the API says that there are others, or says nothing.
+        ([{}, {}, seen("enter")], ["cp1", "cp2"], ["cp1", "cp2"], ["cp3"], []),
+        ([{}, {}, seen("enter")], [], [], ["cp3"], ["cp1", "cp2"]),
+        # It was emptied, and the API has not noticed yet: what was seen on the node counts.
+        ([{}, {}, seen("rejoin")], ["cp1", "cp3"], ["cp1"], ["cp3"], ["cp2"]),
+    ],
+)
+def test_who_founds_and_who_joins(
+    facts: list[dict[str, Any]], running: list[str], members: list[str], joining: list[str], unseen: list[str]
+) -> None:
+    hosts = {name: GIVEN["hostvars"][name] | fact for name, fact in zip(("cp1", "cp2", "cp3"), facts, strict=True)}
+    given = GIVEN | {"hostvars": hosts, "kubernetes_control_plane_running": running}
+    assert valued("kubernetes_control_plane", "kubernetes_control_plane_members", **given) == members
+    assert valued("kubernetes_control_plane", "kubernetes_control_plane_joining", **given) == joining
+    peers = valued("kubernetes_control_plane", "kubernetes_control_plane_peers", **given)
+    assert (peers["first"], peers["members"], peers["unseen"]) == ("cp1", members, unseen)
+    assert set(peers["bare"]) | set(members) | set(unseen) == {"cp1", "cp2", "cp3"}
 
 
 def test_the_first_key_encrypts_and_all_decrypt() -> None:

@@ -100,7 +100,7 @@ _CERTIFICATES = "/run/censuschat-certificates.yaml"
 
 
 def letters(number: int) -> str:
-    return "".join(secrets.choice(_LETTERS) for _ in range(number))
+    return "".join(secrets.choice(_LETTERS) for position in range(number))
 
 
 def make_token(api: Api, names: list[str], ttl_s: int) -> str:
