@@ -400,7 +400,7 @@ class LocalCluster:
     def _run(self, program: str, *arguments: str) -> None:
         with (self.directory / f"{program}.log").open("ab") as log:
             self._processes[program] = subprocess.Popen(
-                # Ends with this process, also when that is killed.
+                # Ends with this process, also when that is killed (the kernel means the thread that starts it).
                 ["setpriv", "--pdeathsig", "KILL", str(self.bin / program), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
