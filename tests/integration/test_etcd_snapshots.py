@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.censuschat.infra.plugins.module_utils.upkeep import common, membership, restore, snapshots
+from ansible_collections.censuschat.infra.plugins.module_utils.upkeep import (
+    common,
+    membership,
+    restore,
+    snapshots,
+    static_pods,
+)
 from ansible_collections.censuschat.infra.plugins.module_utils.upkeep.common import UpkeepError
 from ansible_collections.censuschat.infra.plugins.module_utils.upkeep.restore import Wanted
 from ansible_collections.censuschat.infra.plugins.module_utils.upkeep.snapshots import Config
@@ -207,6 +213,16 @@ def test_all_members_begin_anew_from_one_snapshot(
         assert "compacted" in watch.stdout + watch.stderr
         listed = json.loads(cluster.ctl("member", "list", "-w", "json").stdout)
         assert {member["name"] for member in listed["members"]} == set(cluster.peers)
+
+
+def test_control_planes_take_turns(binaries: Path, pki: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static_pods, "PKI", pki.parent)
+    with members(binaries, pki, tmp_path, 1) as cluster:
+        late = pytest.raises(UpkeepError, match="another control plane holds the lock")
+        with static_pods.turn(10.0, cluster.clients["cp1"]), late, static_pods.turn(1.0, cluster.clients["cp1"]):
+            pytest.fail("two had the turn at once")
+        with static_pods.turn(10.0, cluster.clients["cp1"]):
+            pass
 
 
 def test_a_member_without_keys_is_empty(binaries: Path, pki: Path, tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ options:
     type: int
     default: 120
 notes:
-  - Needs root on the node (C(become)). Run it on one control plane after the other (C(throttle=1)), except when etcd's
-    certificates have expired on several; then on all at once.
+  - Needs root on the node (C(become)). Run it on all control planes at once. They take turns by a lock in etcd, except
+    when etcd's or the API server's certificates have expired, since then they need each other to serve again.
 """
 
 EXAMPLES = r"""
@@ -72,7 +72,6 @@ EXAMPLES = r"""
   censuschat.infra.kubernetes_certificates:
     name: use1-cp1
     others: [10.77.1.32, 10.77.1.33]
-  throttle: 1
   become: true
 """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -247,12 +248,16 @@ def apply(wanted: Plan, config: Config) -> list[str]:
     if wanted.reissue_kubelet:
         reissue_kubelet(config)
         done.append("gave the kubelet a new client certificate")
-    for component in wanted.restart:
-        if component not in wanted.expired:
-            _refuse_second_outage(component, config)
-        static_pods.restart(component, config.wait_s)
-        _wait_serving(component, config)
-        done.append(f"restarted {component}")
+    with contextlib.ExitStack() as stack:
+        # What has expired serves nobody, and its control planes need each other to serve again.
+        if config.others and set(wanted.restart) - set(wanted.expired) and not {ETCD, APISERVER} & set(wanted.expired):
+            stack.enter_context(static_pods.turn(3 * config.wait_s))
+        for component in wanted.restart:
+            if component not in wanted.expired:
+                _refuse_second_outage(component, config)
+            static_pods.restart(component, config.wait_s)
+            _wait_serving(component, config)
+            done.append(f"restarted {component}")
     return done
 
 

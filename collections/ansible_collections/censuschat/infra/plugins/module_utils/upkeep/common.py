@@ -40,6 +40,12 @@ class Done:
         return "; ".join(lines[-3:])[-600:] or f"exit code {self.code}"
 
 
+def environment() -> dict[str, str]:
+    """What programs get to see: nothing of the caller's own."""
+    path = f"{PROGRAMS}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"
+    return {"PATH": path, "LC_ALL": "C.UTF-8", "HOME": "/root"}
+
+
 def run(
     argv: Sequence[str],
     *,
@@ -49,12 +55,6 @@ def run(
     env: Mapping[str, str] | None = None,
 ) -> Done:
     """Run a program without a shell; never raises on its exit code. 124: not in time; 127: not there."""
-    environment = {
-        "PATH": f"{PROGRAMS}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "LC_ALL": "C.UTF-8",
-        "HOME": "/root",
-        **(env or {}),
-    }
     with contextlib.ExitStack() as stack:
         source: Any = subprocess.DEVNULL
         if stdin_path is not None:
@@ -63,7 +63,7 @@ def run(
             # No AnsibleModule here: the same code runs from a systemd unit.
             done = subprocess.run(  # pylint: disable=ansible-bad-function
                 list(argv),
-                env=environment,
+                env={**environment(), **(env or {})},
                 timeout=timeout_s,
                 check=False,
                 text=True,

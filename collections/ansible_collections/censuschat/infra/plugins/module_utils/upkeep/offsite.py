@@ -87,7 +87,7 @@ def _by_ssh(target: Target, path: Path, sha256: str) -> None:
 
 
 def _by_s3(target: Target, path: Path, sha256: str) -> None:
-    """With conditional creation and S3's own SHA-256; what is there under this name is never replaced."""
+    """With S3's own check of the SHA-256. A name that is taken is left: it holds the second it was made."""
     try:
         import boto3  # Debian's python3-boto3; only nodes with such a target have it.
         from botocore.exceptions import BotoCoreError, ClientError

@@ -13,13 +13,15 @@ import http.client
 import json
 import os
 import re
+import select
 import signal
 import ssl
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .common import UpkeepError, run, write_whole
+from .common import UpkeepError, environment, run, write_whole
 
 MANIFESTS = Path("/etc/kubernetes/manifests")
 PKI = Path("/etc/kubernetes/pki")
@@ -236,6 +238,26 @@ def members(endpoints: str = "https://127.0.0.1:2379") -> list[Member]:
         )
         for m in json.loads(done.out)["members"]
     ]
+
+
+@contextlib.contextmanager
+def turn(wait_s: float, endpoints: str = "https://127.0.0.1:2379") -> Iterator[None]:
+    """One control plane at a time: a lock in etcd itself, given back when this process ends in whatever way."""
+    urls = ",".join(url for member in members(endpoints) for url in member.client_urls[:1])
+    argv = etcdctl("lock", "--ttl=60", "censuschat/upkeep", endpoints=urls)
+    # pylint: disable-next=ansible-bad-function  # It has to run beside what it guards.
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()) as holder:
+        try:
+            assert holder.stdout is not None
+            came = select.select([holder.stdout], [], [], wait_s)[0]
+            if not came or not holder.stdout.readline():
+                raise UpkeepError(
+                    f"its turn did not come within {wait_s:.0f} s: another control plane holds the lock censuschat/upkeep "
+                    "in etcd. Look at `systemctl status censuschat-kubernetes-certificates` there"
+                )
+            yield
+        finally:
+            holder.terminate()
 
 
 def healthy(endpoints: Sequence[str]) -> dict[str, bool]:
