@@ -32,6 +32,7 @@ KUBELET = KUBERNETES / "kubelet.conf"
 API_MANIFEST = KUBERNETES / "manifests/kube-apiserver.yaml"
 PATCHES = KUBERNETES / "patches"
 PENDING = KUBERNETES / "censuschat-pending"
+KUBELET_SETTINGS = Path("/var/lib/kubelet/config.yaml")
 COREFILE = KUBERNETES / "Corefile"
 ETCD_PKI = KUBERNETES / "pki/etcd"
 ETCD_DATA = Path("/var/lib/etcd/member")
@@ -166,6 +167,7 @@ class Host:
             # Every phase of a first start can be run again over what it made already.
             self._kubeadm(command + (["--ignore-preflight-errors", _RESUMED] if resumed else []), timeout_s)
             self._name_service()
+            self._tighten()
 
     def _join(self, wanted: Wanted, how: Mapping[str, Any], timeout_s: float) -> None:
         material = how["join"]
@@ -201,8 +203,13 @@ class Host:
                 write_atomically(str(MATERIAL / name), json.dumps(content), "root", "root", 0o600)
             with _pending("join"):
                 self._kubeadm(["join", "--config", str(MATERIAL / "join.json")], timeout_s)
+                self._tighten()
         finally:
             shutil.rmtree(MATERIAL)
+
+    def _tighten(self) -> None:
+        """Leave the kubelet's settings to root alone (CIS 4.1.9); kubeadm lets everybody read them."""
+        KUBELET_SETTINGS.chmod(0o600)
 
     def _reconfigure(self, wanted: Wanted, how: Mapping[str, Any], timeout_s: float) -> None:
         """Components first, one control plane at a time; then what all read from the API."""
