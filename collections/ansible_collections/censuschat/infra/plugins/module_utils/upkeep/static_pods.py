@@ -252,8 +252,8 @@ def turn(wait_s: float, endpoints: str = "https://127.0.0.1:2379") -> Iterator[N
             came = select.select([holder.stdout], [], [], wait_s)[0]
             if not came or not holder.stdout.readline():
                 raise UpkeepError(
-                    f"its turn did not come within {wait_s:.0f} s: another control plane holds the lock censuschat/upkeep "
-                    "in etcd. Look at `systemctl status censuschat-kubernetes-certificates` there"
+                    f"its turn did not come within {wait_s:.0f} s: another control plane holds the lock "
+                    "censuschat/upkeep in etcd. Look at `systemctl status censuschat-kubernetes-certificates` there"
                 )
             yield
         finally:
