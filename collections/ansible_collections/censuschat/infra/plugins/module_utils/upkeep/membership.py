@@ -36,6 +36,8 @@ class Step(enum.Enum):
     """Remove its lost place, if the cluster still knows it, and take a new one with an empty disk."""
     START = "start"
     """It has a place and nothing on its disk yet: an interrupted rejoin goes on."""
+    FINISH = "finish"
+    """It serves; an interrupted run left its API server held back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Observed:
     known: tuple[Member, ...] | None
     serving: frozenset[str]
     held: bool = False
-    """An interrupted run set its manifest aside."""
+    """An interrupted run set its manifest, or its API server's, aside."""
 
 
 def plan(name: str, peer_url: str, observed: Observed, *, discard: bool = False) -> tuple[Step, str]:
@@ -64,7 +66,7 @@ def plan(name: str, peer_url: str, observed: Observed, *, discard: bool = False)
         )
     if observed.serves:
         if observed.guarded:
-            return Step.NOTHING, ""
+            return (Step.FINISH, "an interrupted run held its API server back") if observed.held else (Step.NOTHING, "")
         ill = sorted(m.name for m in observed.known or () if m.name != name and m.name not in observed.serving)
         if ill:
             raise UpkeepError(f"{name} is not restarted while {', '.join(ill)} does not serve: repair it first")
@@ -142,11 +144,12 @@ def observe(name: str, others: Mapping[str, str]) -> Observed:
     """others: client URLs of the other control planes' members by name."""
     path = next((d / "etcd.yaml" for d in (MANIFESTS, ASIDE) if (d / "etcd.yaml").is_file()), None)
     manifest = path.read_text(encoding="utf-8") if path else ""
+    held = any(ASIDE.glob("*.yaml"))
     serves = bool(manifest) and static_pods.healthy([LOCAL])[LOCAL]
     guarded = flags_of(manifest).get("initial-cluster-state") == "existing"
     if serves and guarded:
         # As on every run but the first: nobody else has to be asked.
-        return Observed(True, serves, guarded, False, None, frozenset([name]))
+        return Observed(True, serves, guarded, False, None, frozenset([name]), held)
     # Asked through the others when this one does not serve: it may be alone in a cluster of its own.
     known = _known([LOCAL] if serves else list(others.values()))
     urls = {m.name: m.client_urls[0] for m in known or () if m.name and m.client_urls and m.name != name}
@@ -158,7 +161,7 @@ def observe(name: str, others: Mapping[str, str]) -> Observed:
         empty=not serves and is_empty(DATA),
         known=known,
         serving=frozenset(n for n, url in urls.items() if well[url]) | (frozenset([name]) if serves else frozenset()),
-        held=path is not None and path.parent == ASIDE,
+        held=held,
     )
 
 
@@ -187,9 +190,13 @@ def apply(
     """Carry out the step and wait until the member serves."""
     if step is Step.NOTHING:
         return
+    if step is Step.FINISH:
+        static_pods.let_run([APISERVER], ASIDE)
+        static_pods.wait_api(name, wait_s)
+        return
     old = static_pods.find(ETCD)
-    # The API server goes with its etcd. Without it, it hangs, and so does the kubelet that happens to be connected to
-    # it: it waited 34 s for the answer to a request about the old pod before it started the new one.
+    # The API server goes with its etcd and comes after it. Without it, it hangs, and so does the kubelet that happens to
+    # be connected to it: it waited 20 to 34 s for an answer about etcd's old pod before it started the new one.
     parts = [APISERVER, ETCD]
     static_pods.hold_back(parts, ASIDE, wait_s)
     path = ASIDE / "etcd.yaml"
@@ -209,7 +216,7 @@ def apply(
         places = {(m.name or name): m.peer_urls[0] for m in known}
         values["initial-cluster"] = ",".join(f"{n}={url}" for n, url in sorted(places.items()))
     write_whole(path, with_flags(path.read_text(encoding="utf-8"), values))
-    static_pods.let_run(parts, ASIDE)
+    static_pods.let_run([ETCD], ASIDE)
 
     def serves() -> bool:
         process = static_pods.find(ETCD)
@@ -220,6 +227,7 @@ def apply(
             f"{name} does not serve {wait_s:.0f} s after `{step.value}`: look at /var/log/pods/kube-system_etcd-*. "
             "A second run goes on from here"
         )
+    static_pods.let_run(parts, ASIDE)
     static_pods.wait_api(name, wait_s)
 
 
