@@ -195,8 +195,8 @@ def apply(
         static_pods.wait_api(name, wait_s)
         return
     old = static_pods.find(ETCD)
-    # The API server goes with its etcd and comes after it. Without it, it hangs, and so does the kubelet that happens to
-    # be connected to it: it waited 20 to 34 s for an answer about etcd's old pod before it started the new one.
+    # The API server goes before its etcd and comes after it. Alone it hangs, and so does the kubelet that happens to be
+    # connected to it: it waited 20 to 34 s for an answer about etcd's old pod before it started the new one.
     parts = [APISERVER, ETCD]
     static_pods.hold_back(parts, ASIDE, wait_s)
     path = ASIDE / "etcd.yaml"
