@@ -393,7 +393,9 @@ def test_refused_objects_do_not_keep_the_others_back(kube: LocalCluster, apply: 
     moved = deployment("fixed", "trial-bad")
     moved["spec"]["selector"]["matchLabels"] = moved["spec"]["template"]["metadata"]["labels"] = {"app": "other"}
     deadline = time.monotonic() + 10
-    while "count/secrets" not in kube.kubectl("get", "quota", "q", "-n", "trial-bad", "-o", "jsonpath={.status.used}"):
+    while '"count/secrets":"1"' not in kube.kubectl(
+        "get", "quota", "q", "-n", "trial-bad", "-o", "jsonpath={.status.used}"
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     canary = "bm90LWEtY2FuYXJ5!"

@@ -37,8 +37,8 @@ from ansible_collections.censuschat.infra.plugins.module_utils.kube.model import
     Wanted,
 )
 
-SERVED_WITHIN_S = 15.0
-"""How long an established CRD's path may still answer 404; the API adds it within a second or two."""
+IN_EFFECT_WITHIN_S = 15.0
+"""How long an established CRD's path may still answer 404, and a new quota be without a count; mostly a second."""
 _POLL_FIRST_S, _POLL_MOST_S = 0.2, 2.0
 _LOOK_S = 3.0
 """How often the pods of what is waited for are looked at for what waiting does not mend."""
@@ -292,7 +292,7 @@ class Applier:
             "dryRun": "All" if dry_run else None,
         }
         live = self.live[wanted.key]
-        until = time.monotonic() + SERVED_WITHIN_S
+        until = time.monotonic() + IN_EFFECT_WITHIN_S
         tries = 0
         while True:
             try:
@@ -300,7 +300,7 @@ class Applier:
                 break
             except ApiError as error:
                 tries += 1
-                if _not_served_yet(error, wanted, self.coming) and time.monotonic() < until:
+                if _not_yet(error, wanted, self.coming) and time.monotonic() < until:
                     time.sleep(0.2)
                     continue
                 if error.status == 409 and not error.causes and tries < 5:
@@ -662,8 +662,13 @@ def explain(error: ApiError, wanted: Wanted, manager: str) -> str:
     return text
 
 
-def _not_served_yet(error: ApiError, wanted: Wanted, coming: frozenset[tuple[str, str]]) -> bool:
-    return error.status == 404 and (wanted.key.group, wanted.key.kind) in coming and 'namespaces "' not in error.message
+def _not_yet(error: ApiError, wanted: Wanted, coming: frozenset[tuple[str, str]]) -> bool:
+    """Whether the refusal is about something of the set that is there and not yet in effect."""
+    if error.status == 403:
+        # A new ResourceQuota refuses everything until its controller has counted.
+        return "status unknown for quota" in error.message
+    fresh = (wanted.key.group, wanted.key.kind) in coming
+    return error.status == 404 and fresh and 'namespaces "' not in error.message
 
 
 def _equal_but_version(before: Document | None, after: Document) -> bool:
