@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +221,15 @@ def test_held_back_manifests_come_back_once(tmp_path: Path, monkeypatch: pytest.
     (manifests / "etcd.yaml").write_text("kind: Pod\n")
     monkeypatch.setattr(static_pods, "MANIFESTS", manifests)
     monkeypatch.setattr(static_pods, "find", lambda _component: None)
+    # Another pod's container of that name is not waited for; ours is, until the kubelet has cleared it away.
+    (tmp_path / "pods/650b2b08-13a4-44d6/containers/etcd").mkdir(parents=True)
+    ours = tmp_path / "pods/fb5fe4e482dfa58e/containers/etcd"
+    ours.mkdir(parents=True)
+    threading.Timer(0.5, shutil.rmtree, [ours.parent.parent]).start()
     for _ in range(2):
-        static_pods.hold_back(["etcd", "kube-apiserver"], aside, 1.0)
+        started = time.monotonic()
+        static_pods.hold_back(["etcd", "kube-apiserver"], aside, 1.0, tmp_path / "pods")
+        assert not ours.exists() and time.monotonic() - started < 3
         assert [path.name for path in aside.iterdir()] == ["etcd.yaml"]
     for _ in range(2):
         static_pods.let_run(["etcd", "kube-apiserver"], aside)

@@ -25,12 +25,16 @@ from .common import UpkeepError, environment, run, write_whole
 
 MANIFESTS = Path("/etc/kubernetes/manifests")
 PKI = Path("/etc/kubernetes/pki")
+PODS = Path("/var/lib/kubelet/pods")
 APISERVER, ETCD = "kube-apiserver", "etcd"
 # etcd first: the API server needs it; the others need the API server.
 COMPONENTS = (ETCD, APISERVER, "kube-controller-manager", "kube-scheduler")
 _POLL_S = 0.2
 # An API server that was told to end closes its port at once and then waits a minute for open watches.
 _DRAIN_S = 10.0
+# How long to wait for the kubelet to have cleared a pod away, at most. It does so every 2 s, and makes a pod that comes
+# back sooner under another id wait for 10 to 15 s.
+_CLEARED_S = 6.0
 # The kubelet waits up to five minutes before it starts a container again that ended a few times of late.
 _BACK_OFF_S = 12.0
 ANNOTATION = "censuschat.infra/restarted"
@@ -143,7 +147,7 @@ def renew_pod(component: str) -> None:
     write_whole(path, text)
 
 
-def hold_back(components: Sequence[str], aside: Path, budget_s: float) -> None:
+def hold_back(components: Sequence[str], aside: Path, budget_s: float, pods: Path = PODS) -> None:
     """Move the manifests to `aside` and wait until the processes are gone. Done twice it does nothing."""
     aside.mkdir(mode=0o700, parents=True, exist_ok=True)
     for component in components:
@@ -164,6 +168,13 @@ def hold_back(components: Sequence[str], aside: Path, budget_s: float) -> None:
         raise UpkeepError(
             f"{', '.join(left)} still run {budget_s:.0f} s after their manifests went: is the kubelet running?"
         )
+    wait_for(lambda: not _remains(components, pods), _CLEARED_S)
+
+
+def _remains(components: Sequence[str], pods: Path) -> list[Path]:
+    """The kubelet's directories of these static pods, whose ids have no dashes."""
+    found = [path for component in components for path in pods.glob(f"*/containers/{component}")]
+    return [path.parent.parent for path in found if "-" not in path.parent.parent.name]
 
 
 def let_run(components: Sequence[str], aside: Path) -> None:
