@@ -26,8 +26,6 @@ from lab.topology import Node, Topology
 from tests.integration.trial import BIN, ENVIRONMENT
 
 REGIONS = ("us-east-1", "us-west-2")
-GROUPS = {"us-east-1": "us_east_1", "us-west-2": "us_west_2"}
-READY_S = 60.0
 
 
 class Play:
@@ -133,7 +131,7 @@ def test_a_second_run_changes_nothing(running_lab: Topology) -> None:
 
 
 def test_check_mode_on_converged_nodes_promises_nothing(running_lab: Topology) -> None:
-    assert Play("cluster", "all", "--check", "--diff").must().changed == {}
+    assert Play("cluster", "us_west_2", "--check", "--diff").must().changed == {}
 
 
 @pytest.mark.parametrize("region", REGIONS)
