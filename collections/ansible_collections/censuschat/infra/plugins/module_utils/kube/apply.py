@@ -518,8 +518,9 @@ class Applier:
             self._write_parent(exact=True)
 
     def _members(self, group_kind: str) -> list[planner.Member]:
-        assert self.apply_set
-        kind, _, group = group_kind.partition(".")
+        if not self.apply_set:
+            return []
+        kind, group = group_kind.partition(".")[::2]
         resource = self.kinds.preferred(group, kind)
         if resource is None or (group, kind) in self.coming:
             return []

@@ -30,7 +30,7 @@ MOST_LINES = 20
 """Failures that a message spells out; the result's `failures` has them all."""
 KUSTOMIZE_TIMEOUT_S = 120
 
-Item = tuple[Source, Any] | str
+Item = tuple[Source, Any]
 
 
 def run(parameters: Mapping[str, Any], *, check: bool, diff: bool) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def run(parameters: Mapping[str, Any], *, check: bool, diff: bool) -> dict[str, 
     return result
 
 
-def _unfounded(parameters: Mapping[str, Any], items: list[Item]) -> dict[str, Any]:
+def _unfounded(parameters: Mapping[str, Any], items: list[Item | str]) -> dict[str, Any]:
     """The plan for a cluster that is still to be founded."""
     wanted, _coming = planner.build(items, AnyKinds(), parameters["namespace"] or "")
     report = Report([Outcome(w.key, w.resource, CREATED, str(w.source)) for w in wanted])
@@ -126,12 +126,12 @@ def _sensible(parameters: Mapping[str, Any]) -> None:
         if parameters[name] < 1:
             raise KubeError(f"{name} must be at least 1, not {parameters[name]}")
     for entry in parameters["delete_named"]:
-        kind, _, name = entry.partition("/")
+        kind, name = entry.partition("/")[::2]
         if kind not in ("Namespace", "CustomResourceDefinition") or not name:
             raise KubeError(f"delete_named: {entry!r} is neither Namespace/NAME nor CustomResourceDefinition/NAME")
 
 
-def _items(parameters: Mapping[str, Any]) -> Iterator[Item]:
+def _items(parameters: Mapping[str, Any]) -> Iterator[Item | str]:
     given = False
     if parameters["payload"]:
         payload = json.loads(Path(parameters["payload"]).read_bytes())
@@ -164,6 +164,7 @@ def _kustomize(directory: str) -> bytes:
         )
     command = [standalone, "build", directory] if standalone else [str(kubectl), "kustomize", directory]
     try:
+        # pylint: disable-next=ansible-bad-function  # Runs on the controller too, where there is no AnsibleModule.
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=KUSTOMIZE_TIMEOUT_S, check=False
         )

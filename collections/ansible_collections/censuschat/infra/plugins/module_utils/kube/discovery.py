@@ -65,7 +65,7 @@ class AnyKinds(Kinds):
         super().__init__([])
 
     def find(self, api_version: str, kind: str) -> Resource | None:
-        group, _, version = api_version.rpartition("/")
+        group, version = api_version.rpartition("/")[::2]
         return super().find(api_version, kind) or Resource(group, version, kind, "", True, frozenset({"patch"}))
 
 

@@ -223,7 +223,7 @@ class Drainer:
 
     def _called(self, pod: Pod) -> str:
         """The pod with its owner's owner: people know the Deployment, not its ReplicaSet."""
-        kind, _, name = pod.owner.partition(" ")
+        kind, name = pod.owner.partition(" ")[::2]
         if kind != "ReplicaSet":
             return str(pod)
         key = (pod.namespace, name)

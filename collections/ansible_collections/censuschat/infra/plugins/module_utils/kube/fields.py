@@ -104,7 +104,7 @@ def _list(want: Sequence[Any], live: Sequence[Any], owned: Mapping[str, Any]) ->
         return False
     positions: list[tuple[int, int]] = []
     for key, node in fields.items():
-        sort, _, text = key.partition(":")
+        sort, text = key.partition(":")[::2]
         if sort == "v":
             value = json.loads(text)
             mine = [i for i, w in enumerate(want) if same(w, value)]

@@ -235,9 +235,8 @@ def job(config: Config) -> str:
             failures.append(str(error))
         write_whole(config.directory / "copied.json", json.dumps(copied, sort_keys=True))
         _publish(config, copied, bool(failures), time.monotonic() - started)
-    if failures:
+    if failures or snapshot is None:
         raise UpkeepError("; ".join(failures))
-    assert snapshot is not None
     write_whole(config.directory / "last-success", f"{snapshot.name}\n")
     places = ", ".join(target.name for target in config.targets) or "nowhere else"
     return f"{snapshot.name}: revision {snapshot.revision}, {snapshot.keys} keys, restored as proof; copied to {places}"

@@ -259,9 +259,8 @@ def turn(wait_s: float, endpoints: str = "https://127.0.0.1:2379") -> Iterator[N
     # pylint: disable-next=ansible-bad-function  # It has to run beside what it guards.
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()) as holder:
         try:
-            assert holder.stdout is not None
-            came = select.select([holder.stdout], [], [], wait_s)[0]
-            if not came or not holder.stdout.readline():
+            answer = holder.stdout
+            if not answer or not select.select([answer], [], [], wait_s)[0] or not answer.readline():
                 raise UpkeepError(
                     f"its turn did not come within {wait_s:.0f} s: another control plane holds the lock "
                     "censuschat/upkeep in etcd. Look at `systemctl status censuschat-kubernetes-certificates` there"
