@@ -267,6 +267,9 @@ class Pods:
     def create(self, *pods: ProbePod) -> None:
         """Makes pods and waits until all of them run and can be asked. Raises PodsError."""
         self._made += pods
+        for namespace in dict.fromkeys(pod.namespace for pod in pods):
+            # A new namespace takes pods only once a controller has made its account.
+            self.kubectl("wait", "-n", namespace, "--for=create", "serviceaccount/default", f"--timeout={START_S}s")
         self.apply(*(pod.manifest(self.image) for pod in pods))
         for namespace in dict.fromkeys(pod.namespace for pod in pods):
             names = [f"pod/{pod.name}" for pod in pods if pod.namespace == namespace]
