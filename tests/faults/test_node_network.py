@@ -100,4 +100,5 @@ def test_a_rebooted_worker_isolates_from_the_first_packet(cluster: Cluster) -> N
             assert until_said(pods, 1) == "reached 0 tried True\n"
             pods.until(Ask(CALLER, address(pods, ISOLATED), 8080), "dropped", 5)
         finally:
-            pods.kubectl("delete", "namespace", SPACE, "--wait=false")
+            # Until it is gone: the next run must not begin in a namespace that is ending.
+            pods.kubectl("delete", "namespace", SPACE, "--timeout=90s")
