@@ -345,6 +345,8 @@ def _groups(observed: Observed, desired: Desired) -> list[Action]:
     known = {group.name: group for group in observed.node_groups}
     actions = []
     for wanted in desired.node_groups:
+        if not wanted.launch_template:
+            _goes_with(cluster, wanted)
         have = known.pop(wanted.name, None)
         actions += _create_group(cluster, wanted) if have is None else _change_group(cluster, have, wanted)
     if "node_groups" in desired.purge:
@@ -355,8 +357,6 @@ def _groups(observed: Observed, desired: Desired) -> list[Action]:
 
 
 def _create_group(cluster: Cluster, wanted: NodeGroup) -> list[Action]:
-    if not wanted.launch_template:
-        _goes_with(cluster, wanted)
     arguments: dict[str, Any] = {
         "clusterName": cluster.name,
         "nodegroupName": wanted.name,
@@ -446,7 +446,6 @@ def _group_version(cluster: Cluster, have: NodeGroup, wanted: NodeGroup, names: 
         arguments = {**names, "launchTemplate": {"name": name, "version": version}}
         return [Action("update_nodegroup_version", wanted.name, detail, arguments, wanted.name)]
     should = wanted.version or cluster.version
-    _goes_with(cluster, wanted)
     if have.version is None or have.version == should:
         return []
     if minor(should) < minor(have.version):
