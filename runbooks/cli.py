@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """One sentence instead of a usage block."""
 
     def error(self, message: str) -> NoReturn:
-        raise Problem(message[:1].upper() + message[1:], next_command=f"{self.prog} --help")
+        raise Problem(message[:1].upper() + message[1:], code="command-line", next_command=f"{self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +63,7 @@ def _fault(error: Exception) -> Problem:
     path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return Problem(
         f"The runbook engine itself failed ({type(error).__name__}: {error}); the details are in {path}",
+        code="engine-fault",
         next_command="runbook status",
     )
 
@@ -192,11 +193,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.inventory:
         raise Problem(
             f"Which environment runbook {runbook.name} shall work on is not said",
+            code="environment-missing",
             next_command=f"runbook run {runbook.name} -i INVENTORY",
         )
     inventory = Path(arguments.inventory)
     if not inventory.exists():
-        raise Problem(f"There is no inventory at {inventory}", next_command=f"ls -d {inventory.parent}/*")
+        raise Problem(
+            f"There is no inventory at {inventory}",
+            code="inventory-missing",
+            next_command=f"ls -d {inventory.parent}/*",
+        )
     run = engine.new_run(runbook)
     warm = engine.Warm(run, inventory)
     with engine.signals() as stop:
@@ -219,7 +225,11 @@ def _given(arguments: argparse.Namespace) -> dict[str, str]:
     for text in arguments.param:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise Problem(f"--param wants NAME=VALUE, not {text!r}", next_command=f"runbook show {arguments.name}")
+            raise Problem(
+                f"--param wants NAME=VALUE, not {text!r}",
+                code="param-syntax",
+                next_command=f"runbook show {arguments.name}",
+            )
         given[name] = value
     for key, value in vars(arguments).items():
         if key.startswith("parameter_") and value is not None:
@@ -231,6 +241,7 @@ def _confirmed(request: Request) -> bool:
     if not sys.stdin.isatty():
         raise Problem(
             f"Runbook {request.definition.name} asks before it begins, and there is no terminal to ask at",
+            code="confirmation-without-terminal",
             next_command=f"runbook run {request.definition.name} -i {request.environment.path} --yes",
         )
     from runbooks.progress import headline
@@ -263,7 +274,11 @@ def _end(request: Request, state: RunState, code: int) -> int:
         _print_figures(result, sys.stderr)
     else:
         print(f"Report: {result['paths']['html']}", file=sys.stderr)
-        problem = Problem(f"Run {state.run} {state.state}: {state.reason}", next_command=f"runbook resume {state.run}")
+        problem = Problem(
+            f"Run {state.run} {state.state}: {state.reason}",
+            code="run-ended",
+            next_command=f"runbook resume {state.run}",
+        )
         print(f"error: {problem}", file=sys.stderr)
     return max(code, report.exit_code(result))
 
@@ -305,6 +320,7 @@ def _of_inventory(path: str) -> Journal:
     if not (environment.state_directory / "journal.sqlite").exists():
         raise Problem(
             f"No runbook has been run in environment {environment.name} (no journal in {environment.state_directory})",
+            code="environment-without-runs",
             next_command=f"runbook run RUNBOOK -i {path}",
         )
     return Journal(environment.state_directory, environment.name)
@@ -382,7 +398,11 @@ def _abort(arguments: argparse.Namespace) -> int:
     with journals.opened(found) as journal:
         state = journal.state(run)
         if state.state == "succeeded":
-            raise Problem(f"Run {run} has succeeded: there is nothing to give up", next_command=f"runbook report {run}")
+            raise Problem(
+                f"Run {run} has succeeded: there is nothing to give up",
+                code="run-succeeded",
+                next_command=f"runbook report {run}",
+            )
         journal.abort(run, arguments.reason)
     print(f"Run {run} was given up; what its finished steps did stays done.")
     return errors.OK

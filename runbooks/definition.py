@@ -127,7 +127,9 @@ def load(name: str) -> Definition:
     if path is None:
         near = difflib.get_close_matches(name, files(), n=1)
         hint = f", did you mean {near[0]}" if near else ""
-        raise Problem(f"There is no runbook {name!r} in {SHIPPED}{hint}", next_command="runbook list")
+        raise Problem(
+            f"There is no runbook {name!r} in {SHIPPED}{hint}", code="runbook-unknown", next_command="runbook list"
+        )
     data = _read(path)
     _check(data, path)
     base = path.resolve().parent
@@ -177,7 +179,11 @@ def _check(data: dict[str, Any], path: Path) -> None:
 
 
 def _broken(path: Path, why: str) -> Problem:
-    return Problem(f"The runbook's definition {path} is broken: {why}", next_command=f"git log -3 -- {path}")
+    return Problem(
+        f"The runbook's definition {path} is broken: {why}",
+        code="definition-broken",
+        next_command=f"git log -3 -- {path}",
+    )
 
 
 def _reach(items: list[dict[str, Any]]) -> tuple[Reach, ...]:

@@ -162,6 +162,7 @@ def prepare(definition: Definition, inventory: Path, given: Mapping[str, str], s
         raise Problem(
             f"Runbook {definition.name} has no parameter {unknown[0]!r}, it has: "
             f"{', '.join(definition.parameters) or 'none'}",
+            code="parameter-unknown",
             next_command=f"runbook show {definition.name}",
         )
     parsed = {name: _parse(definition, definition.parameters[name], text) for name, text in given.items()}
@@ -187,6 +188,7 @@ def _parse(definition: Definition, parameter: Parameter, text: str) -> Any:
     except ValueError as error:
         raise Problem(
             f"Parameter {parameter.name} of runbook {definition.name} must be {error}, not {text!r}",
+            code="parameter-type",
             next_command=f"runbook show {definition.name}",
         ) from None
 
@@ -195,6 +197,7 @@ def _check_choice(definition: Definition, environment: Environment, parameter: P
     if not isinstance(value, definitions.PYTHON_TYPES[parameter.type]):
         raise Problem(
             f"Parameter {parameter.name} of runbook {definition.name} must be a {parameter.type}, not {value!r}",
+            code="parameter-type",
             next_command=f"runbook show {definition.name}",
         )
     if parameter.choices is None:
@@ -204,6 +207,7 @@ def _check_choice(definition: Definition, environment: Environment, parameter: P
         raise Problem(
             f"Parameter {parameter.name} of runbook {definition.name} must be one of "
             f"{', '.join(map(str, choices))}, not {value!r}",
+            code="parameter-choice",
             next_command=f"runbook show {definition.name}",
         )
 
@@ -216,6 +220,7 @@ def _default(
         if parameter.default is None:
             raise Problem(
                 f"Runbook {definition.name} needs the parameter {parameter.name} ({parameter.title})",
+                code="parameter-missing",
                 next_command=f"runbook show {definition.name}",
             )
         return environment.template(parameter.default, **known)
@@ -232,6 +237,7 @@ def _default(
         flag = "--" + parameter.name.replace("_", "-")
         raise Problem(
             f"What {parameter.name} should be could not be observed in environment {environment.name}: {why}",
+            code="default-unobserved",
             next_command=f"runbook run {definition.name} -i {environment.path} {flag} VALUE",
         )
     return result.outputs[source.output]
@@ -290,14 +296,20 @@ def resume(name: str | None, progress: Progress, stop: Stop) -> tuple[RunState, 
         if list(state.steps) != [step.id for step in definition.steps]:
             raise Refused(
                 f"Runbook {state.runbook} has other steps now than when run {run} began",
+                code="definition-changed",
                 next_command=f"runbook abort {run}",
             )
         if state.state == "aborted":
-            raise Refused(f"Run {run} was given up: {state.reason}", next_command=f"runbook run {state.runbook} --help")
+            raise Refused(
+                f"Run {run} was given up: {state.reason}",
+                code="run-aborted",
+                next_command=f"runbook run {state.runbook} --help",
+            )
         newest = journal.runs()[-1]
         if newest != run and state.state != "succeeded":
             raise Refused(
                 f"Run {run} has been superseded by {newest} in environment {journal.environment}",
+                code="run-superseded",
                 next_command=f"runbook status {newest}",
             )
         environment = Environment(Path(state.inventory))
@@ -344,7 +356,9 @@ def _go(request: Request, journal: Journal, session: Session) -> tuple[RunState,
 
 def _taken_over(request: Request) -> Refused:
     return Refused(
-        f"Run {request.run} has been taken over by another process", next_command=f"runbook status {request.run}"
+        f"Run {request.run} has been taken over by another process",
+        code="run-taken-over",
+        next_command=f"runbook status {request.run}",
     )
 
 

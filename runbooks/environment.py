@@ -47,7 +47,9 @@ class Environment:
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            raise Problem(f"There is no inventory at {path}", next_command="runbook run --help")
+            raise Problem(
+                f"There is no inventory at {path}", code="inventory-missing", next_command="runbook run --help"
+            )
         os.environ.setdefault("ANSIBLE_CONFIG", str(ANSIBLE_CONFIG))
         from ansible import constants
         from ansible.errors import AnsibleError
@@ -73,11 +75,16 @@ class Environment:
             reason = next((line for line in warnings.getvalue().splitlines() if "WARNING" in line), str(error))
             raise Problem(
                 f"The inventory {path} cannot be read: {one_line(reason.removeprefix('[WARNING]: '))}",
+                code="inventory-unreadable",
                 next_command=f"ansible-inventory -i {path} --list",
             ) from error
         sys.stderr.write(warnings.getvalue())
         if not hosts:
-            raise Problem(f"The inventory {path} holds no hosts", next_command=f"ansible-inventory -i {path} --list")
+            raise Problem(
+                f"The inventory {path} holds no hosts",
+                code="inventory-without-hosts",
+                next_command=f"ansible-inventory -i {path} --list",
+            )
         self.name = str(self.require("environment_name"))
 
     def template(self, value: Any, **variables: Any) -> Any:
@@ -98,6 +105,7 @@ class Environment:
         except AnsibleError as error:
             raise Problem(
                 f"The inventory {self.path} does not yield {what}: {one_line(str(error))}",
+                code="inventory-template",
                 next_command=f"ansible-inventory -i {self.path} --list",
             ) from error
 
@@ -110,6 +118,7 @@ class Environment:
         if name not in self._raw:
             raise Problem(
                 f"The inventory {self.path} does not set {name}",
+                code="inventory-variable-missing",
                 next_command=f"ansible-inventory -i {self.path} --list",
             )
         return self.get(name)
@@ -136,6 +145,7 @@ class Environment:
         if not hosts:
             raise Problem(
                 f"The inventory {self.path} has no host that matches {pattern}",
+                code="inventory-pattern-empty",
                 next_command=f"ansible-inventory -i {self.path} --graph",
             )
         return [self._node(host) for host in hosts]

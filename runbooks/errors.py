@@ -1,29 +1,41 @@
-"""What stops a runbook before or beside its steps, as one sentence for a person who has just been woken up."""
+"""What stops a runbook before or beside its steps, as one sentence for a person who has just been woken up.
+
+Every error says three things: its cause, its blast radius, and exactly one next command.
+``tests/unit/test_runbook_errors.py`` holds each that there is.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 # The exit codes of every command; runbooks/README.md documents them.
 OK = 0
 FAILED = 1
 BAD_INPUT = 2
 REFUSED = 3
+WAITING = 4
 INTERRUPTED = 130
+
+NOTHING = "Nothing was touched"
 
 
 class Problem(Exception):
-    """Bad input or an environment that cannot be worked on: nothing was touched.
+    """Bad input or an environment that cannot be worked on.
 
-    what names the fault and where it is; next_command is the one command to run next.
+    what: the fault and where it is. code: a slug for machines, one a meaning. touched: the blast radius in words.
+    next_command: the one command to run next.
     """
 
     exit_code: ClassVar[int] = BAD_INPUT
 
-    def __init__(self, what: str, *, next_command: str) -> None:
-        self.what = one_line(what)
-        self.next_command = next_command
-        super().__init__(f"{self.what}; next: {next_command}")
+    def __init__(self, what: str, *, code: str, next_command: str, touched: str = NOTHING) -> None:
+        self.what, self.code = one_line(what), code
+        self.touched, self.next_command = one_line(touched), next_command
+        super().__init__(f"{self.what}. {self.touched}. next: {next_command}")
+
+    def document(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {"error": {"code": self.code, "what": self.what, "touched": self.touched, "next": self.next_command}}
 
 
 class Refused(Problem):

@@ -233,7 +233,9 @@ class Journal:
             self._db.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise Problem(
-                f"The journal {self.path} cannot be opened ({error})", next_command=f"ls -ld {directory}"
+                f"The journal {self.path} cannot be opened ({error})",
+                code="journal-unopenable",
+                next_command=f"ls -ld {directory}",
             ) from error
 
     def close(self) -> None:
@@ -277,12 +279,14 @@ class Journal:
         if held.alive():
             raise Refused(
                 f"Environment {self.environment} is being worked on by {held.describe()}",
+                code="lock-held",
                 next_command=f"runbook status {held.run}",
             )
         if held.run != resuming:
             raise Refused(
                 f"Environment {self.environment} is still locked by {held.describe()}, whose process is gone with its "
                 "work unfinished",
+                code="lock-of-dead-run",
                 next_command=f"runbook resume {held.run}",
             )
 
@@ -380,7 +384,9 @@ class Journal:
         """Raises Problem when the run is unknown."""
         records = self.records(run)
         if not records:
-            raise Problem(f"Environment {self.environment} has no run {run}", next_command="runbook runs")
+            raise Problem(
+                f"Environment {self.environment} has no run {run}", code="run-unknown", next_command="runbook runs"
+            )
         return fold(records)
 
 
@@ -475,10 +481,10 @@ def find(run: str | None, journals: Sequence[Journal] | None = None) -> tuple[Jo
         found = exact
     if not found:
         what = "No runbook has been run from this machine" if run is None else f"There is no run {run} on this machine"
-        raise Problem(what, next_command="runbook runs" if run else "runbook list")
+        raise Problem(what, code="run-unknown", next_command="runbook runs" if run else "runbook list")
     if run is not None and len(found) > 1:
         names = ", ".join(sorted(entry[2] for entry in found)[:5])
-        raise Problem(f"{run} is part of more than one run: {names}", next_command="runbook runs")
+        raise Problem(f"{run} is part of more than one run: {names}", code="run-ambiguous", next_command="runbook runs")
     newest = max(found, key=lambda entry: entry[0])
     for journal in {entry[1] for entry in found} - {newest[1]}:
         journal.close()

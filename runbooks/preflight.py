@@ -71,6 +71,7 @@ def check(
         if error:
             raise Problem(
                 f"{url} does not answer ({error}), which is needed {item.why}",
+                code="server-silent",
                 next_command=environment.help(item.help, f"curl -sv {url}"),
             )
     for item, port, listening in listeners:
@@ -79,6 +80,7 @@ def check(
             raise Problem(
                 f"Port {port} of {len(faults)} of the {len(listening)} nodes needed {item.why} does not answer "
                 f"({', '.join(node.name for node, _ in faults[:3])}: {faults[0][1]})",
+                code="port-silent",
                 next_command=environment.help(item.help, f"nc -vz {faults[0][0].address} {port}"),
             )
     for item, group in wanted:
@@ -92,6 +94,7 @@ def _keys_exist(environment: Environment, nodes: Sequence[Node]) -> None:
             raise Problem(
                 f"The ssh key {node.key} that the inventory {environment.path} names does not exist: "
                 f"environment {environment.name} is not up on this machine",
+                code="ssh-key-missing",
                 next_command=environment.help("unreachable", f"ansible all -i {environment.path} -m ping"),
             )
 
@@ -113,16 +116,19 @@ def _enough(environment: Environment, item: Reach, answers: Sequence[Answer]) ->
         raise Problem(
             f"The ssh key {worst.node.key} is refused by {of} ({examples}): it is not, or no longer, the key of "
             f"environment {environment.name} ({worst.detail})",
+            code="ssh-key-refused",
             next_command=environment.help("ssh_key", ping),
         )
     if worst.fault == "host key":
         raise Problem(
             f"The host key of {of} ({examples}) is not the one known of it: the node was rebuilt, or it is not the "
             f"node ({worst.detail})",
+            code="ssh-host-key",
             next_command=environment.help("ssh_key", ping),
         )
     raise Problem(
         f"Environment {environment.name} is unreachable: {of} do not answer over ssh ({examples}: {worst.detail})",
+        code="environment-unreachable",
         next_command=environment.help("unreachable", ping),
     )
 
@@ -167,7 +173,9 @@ class _Login:
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._stderr)
         except OSError as error:
             self._stderr.close()
-            raise Problem(f"ssh cannot be started ({error})", next_command="command -v ssh") from error
+            raise Problem(
+                f"ssh cannot be started ({error})", code="ssh-unstartable", next_command="command -v ssh"
+            ) from error
 
     def answer(self) -> Answer:
         if self.process.returncode == 0:

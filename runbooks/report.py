@@ -78,7 +78,11 @@ def write(report: Mapping[str, Any]) -> None:
         data.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
         page.write_text(html(report), encoding="utf-8")
     except OSError as error:
-        raise Problem(f"The report {page} cannot be written ({error})", next_command=f"df -h {page.parent}") from error
+        raise Problem(
+            f"The report {page} cannot be written ({error})",
+            code="report-unwritable",
+            next_command=f"df -h {page.parent}",
+        ) from error
 
 
 def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str) -> dict[str, str]:

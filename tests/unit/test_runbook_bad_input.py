@@ -123,7 +123,7 @@ def test_bad_input_is_one_sentence_and_nothing_touched(place: Place, case: str) 
     assert done.stdout == ""
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
-    sentence, _, command = lines[0].partition("; next: ")
+    sentence, _, command = lines[0].partition(". next: ")
     assert sentence.startswith("error: ")
     for part in named:
         assert part in sentence
