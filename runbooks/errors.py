@@ -44,6 +44,12 @@ class Refused(Problem):
     exit_code: ClassVar[int] = REFUSED
 
 
+class Stopped(Problem):
+    """The operator stopped it before anything was touched."""
+
+    exit_code: ClassVar[int] = INTERRUPTED
+
+
 def one_line(text: str) -> str:
     """The text without line breaks and without the full stop that would end the sentence early."""
     return " ".join(text.split()).rstrip(".")

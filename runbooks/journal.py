@@ -491,6 +491,14 @@ def find(run: str | None, journals: Sequence[Journal] | None = None) -> tuple[Jo
     return newest[1], newest[2]
 
 
+def shown_state(journal: Journal, state: RunState) -> str:
+    """A run that says "running" and whose process is gone is dead."""
+    if state.state != "running":
+        return state.state
+    lock = journal.lock()
+    return "running" if lock is not None and lock.run == state.run and lock.alive() else "dead"
+
+
 @contextmanager
 def opened(journal: Journal) -> Iterator[Journal]:
     with closing(journal):

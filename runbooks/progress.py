@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
@@ -182,7 +183,49 @@ class LiveProgress(Progress):
         self._line(text)
 
 
-def choose(stream: TextIO | None = None) -> Progress:
+class JsonProgress(Progress):
+    """One line of JSON an event, on standard output."""
+
+    def _event(self, event: str, **data: Any) -> None:
+        document = {"event": event, "at": round(time.time(), 3), **data}
+        print(json.dumps(document, default=str), file=self.stream, flush=True)
+
+    @contextmanager
+    def showing(self, request: Request, state: RunState) -> Iterator[None]:
+        self._event(
+            "run",
+            run=request.run,
+            runbook=request.definition.name,
+            environment=request.environment.name,
+            parameters=request.parameters,
+            steps=list(state.steps),
+            pending=state.pending,
+            left_out=request.left_out,
+        )
+        yield
+
+    def begin(self, step: Step) -> None:
+        self._event("step_started", step=step.id, title=step.title, budget_s=step.budget_s)
+
+    def end(self, step: Step, result: Result, elapsed: float) -> None:
+        self._event(
+            "step_finished",
+            step=step.id,
+            outcome=result.outcome,
+            elapsed_s=round(elapsed, 3),
+            budget_s=step.budget_s,
+            says=result.says,
+            changed=result.changed,
+            failures=result.failures,
+        )
+
+    def note(self, text: str) -> None:
+        self._event("note", text=text)
+
+
+def choose(stream: TextIO | None = None, *, as_json: bool = False) -> Progress:
     """A live table when the stream is a terminal."""
+    if as_json:
+        return JsonProgress(sys.stdout)
     stream = stream or sys.stderr
     return LiveProgress(stream) if stream.isatty() else Progress(stream)
