@@ -47,7 +47,7 @@ class Window:
     zone: zoneinfo.ZoneInfo
 
     def on(self, day: dt.date) -> Interval | None:
-        """The window that begins on a day of its zone, in UTC; None when there is none, or the clock skips all of it."""
+        """The window that begins on a day, in UTC; None when there is none, or the clock skips all of it."""
         if day.weekday() not in self.days:
             return None
         begin = _instant(day, self.begin, self.zone, second=True)
@@ -278,7 +278,7 @@ def _keys(data: Any, where: str, required: set[str], optional: set[str]) -> None
 
 def _minutes(value: Any, where: str) -> int:
     if not isinstance(value, str):
-        raise Invalid(f"{where} is {value!r}; put the time in quotation marks, as in \"22:00\", else YAML counts it")
+        raise Invalid(f'{where} is {value}; put the time in quotation marks, as in "22:00", else YAML counts it')
     hours, _, minutes = value.partition(":")
     if not (hours.isdecimal() and minutes.isdecimal() and len(minutes) == 2):
         raise Invalid(f"{where} is {value!r}, not a time of day as 02:00")

@@ -130,7 +130,8 @@ def _show(document: dict[str, Any]) -> None:
         ]
         columns(rows)
     for blackout in document["blackouts"]:
-        print(f"  blackout  {_short(blackout['from'], day=True)} to {_short(blackout['to'], day=True)}: {blackout['why']}")
+        begin, end = (_short(blackout[name], day=True) for name in ("from", "to"))
+        print(f"  blackout  {begin} to {end}: {blackout['why']}")
     runbook = document.get("runbook")
     if runbook is None:
         return

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runbooks.cli import main
 from runbooks.windows import Calendar, Invalid, parse, span
 
 NEW_YORK = "America/New_York"
@@ -169,8 +172,13 @@ def test_blackouts_cut_openings_and_their_last_day_belongs_to_them() -> None:
         ),
     ],
 )
-def test_work_fits_when_it_ends_inside(
-    calendar: Calendar, now: str, seconds: float, open_: bool, why: str, next_open: str | None
+def test_work_fits_when_it_ends_inside(  # noqa: PLR0917 - the table's columns
+    calendar: Calendar,
+    now: str,
+    seconds: float,
+    open_: bool,
+    why: str,
+    next_open: str | None,
 ) -> None:
     verdict = calendar.fits(utc(now), seconds)
     assert verdict.open is open_
@@ -224,4 +232,52 @@ def test_bad_data_is_one_sentence(windows: Any, blackouts: Any, zone: Any, said:
 
 
 def test_lengths_are_told_for_people() -> None:
-    assert [span(s) for s in (0, 119, 120, 7199, 7200, 9000)] == ["0 s", "119 s", "2 min", "119 min", "2 h", "2 h 30 min"]
+    assert [span(s) for s in (0, 119, 120, 7199, 7200, 9000)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "119 min",
+        "2 h",
+        "2 h 30 min",
+    ]
+
+
+INVENTORIES = Path(__file__).parents[2] / "inventories"
+
+
+@pytest.mark.parametrize(
+    ("environment", "at", "fits", "next_open"),
+    [
+        ("development", "2027-03-14T12:00", True, None),
+        ("staging", "2027-03-13T02:30", False, "2027-03-15T06:00:00+00:00"),
+        ("staging", "2027-03-12T02:30", True, None),
+        ("production", "2027-03-14T03:30", True, None),
+        ("production", "2027-03-14T03:59", False, "2027-03-21T06:00:00+00:00"),
+        ("production", "2027-11-07T02:00", True, None),
+    ],
+)
+def test_the_command_tells_of_each_environment(
+    capsys: pytest.CaptureFixture[str], environment: str, at: str, fits: bool, next_open: str | None
+) -> None:
+    words = ["windows", "fail-back", "-i", str(INVENTORIES / environment), "--at", at]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["environment"], told["zone"]) == (environment, NEW_YORK)
+    assert (told["runbook"]["fits"], told["runbook"]["next_open"]) == (fits, next_open)
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert f"fail-back: {'fits' if fits else 'does not fit'}" in shown
+    assert main(["windows", "fail-over", *words[2:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runbook"]["fits"], "a disaster keeps no hours"
+
+
+def test_a_faulty_inventory_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "hosts.yml").write_text(
+        "all: {hosts: {one: }, vars: {environment_name: x, runbook_timezone: UTC, "
+        "runbook_windows: [{days: [sun], from: 22:00, to: '24:00'}]}}"
+    )
+    assert main(["windows", "-i", str(tmp_path / "hosts.yml")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "runbook_windows[0].from is 1320; put the time in quotation marks" in said
+    assert said.count("\n") == 1
