@@ -18,6 +18,7 @@ description:
     the holder keeps renewing, because the holder is alive.
   - O(state=handed_over) moves the lease from a living holder. The holder's guards close the database, end sessions,
     ship everything and step down. Only then does the lease change, in one transaction.
+  - O(state=released) ends a lease that opened no gate, such as that of a rehearsal, and refuses any other.
   - After a change the module waits until a guard of the region has renewed the lease. A lease that nobody renews ends
     by itself.
   - Run it on a node with a certificate for the lease store. It changes the lease only; promotion and demotion of the
@@ -36,10 +37,10 @@ options:
   state:
     description: What is wanted of the lease.
     type: str
-    choices: [observed, held, handed_over]
+    choices: [observed, held, handed_over, released]
     default: observed
   region:
-    description: The region that is to hold the lease. Required unless O(state=observed).
+    description: The region that is to hold the lease, or to release it. Required unless O(state=observed).
     type: str
   environment_name:
     description: Name of the environment, part of the lease's keys.
@@ -65,7 +66,9 @@ options:
     type: int
     default: 60
   confirm_s:
-    description: The longest wait for the first renewal by a guard of the new holder, in seconds.
+    description:
+      - The longest wait for the first renewal by a guard of the new holder, in seconds. V(0) does not wait, for a lease
+        that no guard watches.
     type: int
     default: 20
   initial:
@@ -122,6 +125,14 @@ EXAMPLES = r"""
     state: handed_over
     region: us-east-1
     environment_name: lab
+    endpoints: "{{ write_guard_endpoints }}"
+  become: true
+
+- name: End the lease that a rehearsal took
+  censuschat.infra.write_lease:
+    state: released
+    region: us-west-2
+    environment_name: lab-drill
     endpoints: "{{ write_guard_endpoints }}"
   become: true
 
@@ -213,9 +224,9 @@ def facts_of(view: StoreView) -> dict[str, Any]:
     }
 
 
-def result_of(outcome: Outcome, region: str | None, check_mode: bool) -> dict[str, Any]:
+def result_of(outcome: Outcome, holder: str | None, check_mode: bool) -> dict[str, Any]:
     before, after = facts_of(outcome.previous), facts_of(outcome.view)
-    shown = {**after, "holder": region} if check_mode and outcome.changed else after
+    shown = {**after, "holder": holder} if check_mode and outcome.changed else after
     return {
         **after,
         "changed": outcome.changed,
@@ -255,7 +266,7 @@ def _lines(facts: dict[str, Any]) -> str:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["observed", "held", "handed_over"], "default": "observed"},
+            "state": {"type": "str", "choices": ["observed", "held", "handed_over", "released"], "default": "observed"},
             "region": {"type": "str"},
             "environment_name": {"type": "str", "required": True},
             "endpoints": {"type": "list", "elements": "str", "required": True},
@@ -268,10 +279,11 @@ def main() -> None:
             "epoch_floor": {"type": "int", "default": 0},
             "taken_by": {"type": "str", "default": "write_lease"},
         },
-        required_if=[("state", "held", ("region",)), ("state", "handed_over", ("region",))],
+        required_if=[("state", state, ("region",)) for state in ("held", "handed_over", "released")],
         supports_check_mode=True,
     )
     given = module.params
+    holder = None if given["state"] == "released" else given["region"]
     tls = Tls(given["ca_file"], given["cert_file"], given["key_file"])
     missing = [name for name in dataclasses.astuple(tls) if not os.path.exists(name)]
     if module.check_mode and missing:
@@ -279,7 +291,7 @@ def main() -> None:
             f"{', '.join(missing)} not there yet: this is the plan for an environment where nobody held the lease"
         )
         outcome = bare_plan(given["state"], given["region"])
-        module.exit_json(**result_of(outcome, given["region"], module.check_mode))
+        module.exit_json(**result_of(outcome, holder, module.check_mode))
     try:
         store = LeaseStore(Etcd(given["endpoints"], tls), given["environment_name"])
         if given["state"] == "observed":
@@ -300,7 +312,7 @@ def main() -> None:
             outcome = settle(store, request, check=module.check_mode, seen=seen, confirm_s=given["confirm_s"])
     except (EtcdError, LeaseError) as error:
         module.fail_json(msg=str(error))
-    module.exit_json(**result_of(outcome, given["region"], module.check_mode))
+    module.exit_json(**result_of(outcome, holder, module.check_mode))
 
 
 if __name__ == "__main__":

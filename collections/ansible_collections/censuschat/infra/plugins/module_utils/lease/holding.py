@@ -85,6 +85,15 @@ class Withdraw:
 
 
 @dataclasses.dataclass(frozen=True)
+class Release:
+    """End a lease under which no gate is open."""
+
+    lease: LeaseRecord
+    revision: int = 0
+    """The newest revision of the gates' records that were seen."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Wait:
     detail: str
 
@@ -94,11 +103,13 @@ class Refuse:
     detail: str
 
 
-Decision: TypeAlias = "Done | TakeIt | AskHolder | Swap | Withdraw | Wait | Refuse"
+Decision: TypeAlias = "Done | TakeIt | AskHolder | Swap | Withdraw | Release | Wait | Refuse"
 
 
 def decide(view: StoreView, request: Request, waiting: Waiting) -> Decision:
     """The next thing to do about the request."""
+    if request.state == "released":
+        return _decide_released(view, request)
     if request.initial and view.epoch is not None:
         return Done(f"epoch {view.epoch.epoch} exists already, so this is no new environment: nothing is taken")
     if view.lease is not None and view.lease.epoch <= request.epoch_floor:
@@ -138,6 +149,22 @@ def _decide_held(view: StoreView, request: Request, waiting: Waiting) -> Decisio
             f"last renewal seen {waiting.last_renewal_age_s:.0f} s ago: run this again"
         )
     return Wait(f"{lease.region} holds epoch {lease.epoch}, last renewal seen {waiting.last_renewal_age_s:.0f} s ago")
+
+
+def _decide_released(view: StoreView, request: Request) -> Decision:
+    """Only a lease that nobody writes under ends at once: anybody else's is handed over, or runs out."""
+    lease = view.lease
+    if lease is None:
+        return Done("nobody holds it")
+    if lease.region != request.region:
+        return Refuse(f"{lease.region} holds the lease with epoch {lease.epoch}: it is not {request.region}'s to release")
+    if view.open_gates() or view.active_handover():
+        nodes = ", ".join(sorted(gate.node for gate in view.open_gates())) or "a hand-over"
+        return Refuse(
+            f"{lease.region} uses the lease with epoch {lease.epoch} ({nodes}), and ending it would close its database. "
+            "Nothing was touched. To move the right to write, use state=handed_over region=REGION."
+        )
+    return Release(lease, max((gate.revision for gate in view.gates), default=0))
 
 
 def _take(view: StoreView, request: Request, waiting: Waiting, detail: str) -> Decision:
@@ -246,6 +273,8 @@ class Store(Protocol):
 
     def cancel_handover(self, handover: HandOver) -> bool: ...
 
+    def release(self, lease: LeaseRecord, revision: int) -> bool: ...
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -304,7 +333,7 @@ def settle(
                 outcome.method = _method(outcome.previous, decision)
                 outcome.waited_s = round(clock() - began, 2)
         view = store.observe()
-    if outcome.changed and view.lease is not None:
+    if outcome.changed and view.lease is not None and confirm_s > 0:
         outcome.view = _confirmed(store, view, confirm_s=confirm_s, poll_s=poll_s, clock=clock, sleep=sleep)
     return outcome
 
@@ -329,6 +358,8 @@ def _carry_out(store: Store, decision: Decision, view: StoreView, request: Reque
             return True
         case AskHolder(handover, lease):
             store.put_handover(handover, lease.lease_id)
+        case Release(lease, revision):
+            store.release(lease, revision)
         case Withdraw(handover, then):
             withdrawn = store.cancel_handover(handover)
             if then and withdrawn:
@@ -354,6 +385,8 @@ def _text(decision: Decision, request: Request) -> str:
             return f"give the lease to {handover.to}: all gates are closed and everything was received"
         case Withdraw(handover, _):
             return f"withdraw the hand-over to {handover.to}"
+        case Release(lease):
+            return f"release epoch {lease.epoch} of {lease.region}, which opens no gate"
         case Wait(detail):
             return f"wait: {detail}"
         case Done(detail) | Refuse(detail):

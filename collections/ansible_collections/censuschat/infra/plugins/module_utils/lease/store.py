@@ -199,3 +199,13 @@ class LeaseStore:
             [etcd.has_value(self.key("handover"), encode(handover))],
             [etcd.delete(self.key("handover")), etcd.delete(self.key("shipped"))],
         )
+
+    def release(self, lease: LeaseRecord, revision: int) -> bool:
+        """End a lease that no gate was opened under since `revision`. False: it changed meanwhile."""
+        done = self.client.transaction(
+            [etcd.bound_to(self.key("lease"), lease.lease_id), etcd.no_newer(self.key("gates/"), revision)],
+            [etcd.delete(self.key("lease"))],
+        )
+        if done:
+            self.client.revoke(lease.lease_id)
+        return done
