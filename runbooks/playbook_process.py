@@ -1,8 +1,8 @@
 """The process that runs one step's playbook: ``ansible-playbook``, started early and told to go when its turn comes.
 
 Most of an ansible-playbook's start is the import of Ansible itself. This process imports, then waits at a pipe for the
-rest of its command line, so that a step's import happens while the step before it runs. A pipe that closes without a
-word means that the turn will never come.
+rest of its command line, so that a step's import happens while the step before it runs. The word that it is told is
+JSON: ``{"argv": [...], "environment": {...}}``. A pipe that closes without a word means that the turn will never come.
 
 It dies with the engine that started it: a step must not go on unwatched while a resumed run repeats it.
 """
@@ -37,7 +37,9 @@ def main() -> int:
         word = stream.read()
     if not word:
         return 0
-    command = ["ansible-playbook", *arguments, *json.loads(word)]
+    told = json.loads(word)
+    os.environ.update(told["environment"])
+    command = ["ansible-playbook", *arguments, *told["argv"]]
     sys.argv = command
     PlaybookCLI.cli_executor(command)
     return 0

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from runbooks.environment import ANSIBLE_CONFIG, ROOT
 from runbooks.journal import StepOutcome
 
-RUN_VARIABLE = "RUNBOOK_RUN"
-"""The environment variable that marks every process of a run with the run's id."""
+MARK = "RUNBOOK_PROCESS_OF"
+"""The environment variable that marks every process of a run with the run's id, from its first moment."""
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class PlaybookProcess:
                 envvars={
                     "PYTHONPATH": os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p),
                     "ANSIBLE_CONFIG": os.environ.get("ANSIBLE_CONFIG", str(ANSIBLE_CONFIG)),
-                    RUN_VARIABLE: run,
+                    MARK: run,
                 },
                 settings={"suppress_output_file": True, "pexpect_timeout": 0.2},
                 quiet=True,
@@ -108,24 +109,27 @@ class PlaybookProcess:
         variables: Mapping[str, Any],
         leave_out: Sequence[str],
         *,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        options: Sequence[str] = (),
         on_activity: Callable[[Activity], None],
         interrupted: Callable[[], bool],
     ) -> Result:
         """Let the playbook go and wait for it.
 
-        variables: its extra variables, passed in a file. leave_out: hosts that do not answer. interrupted: asked all
-        the time; when it says so, the playbook is ended.
+        variables: its extra variables, passed in a file. leave_out: hosts that do not answer. environment: what its
+        callback needs to know (RUNBOOK_*; no secrets). options: more words for ansible-playbook. interrupted: asked
+        all the time; when it says so, the playbook is ended.
         """
         self._on_activity = on_activity
         extra = self._directory / "variables.json"
         extra.touch(mode=0o600)
         extra.write_text(json.dumps(dict(variables)), encoding="utf-8")
-        words = ["-e", f"@{extra}"]
+        words = [*options, "-e", f"@{extra}"]
         if leave_out:
             # A limit of "all" alone would leave out the plays on this machine, which is in no group.
             words += ["--limit", ":".join(["all", "localhost", *(f"!{host}" for host in leave_out)])]
         self._started = time.monotonic()
-        self._tell(json.dumps([*words, str(self.playbook)]))
+        self._tell(json.dumps({"argv": [*words, str(self.playbook)], "environment": dict(environment)}))
         while self._thread.is_alive():
             self._thread.join(0.05)
             if interrupted():
@@ -239,7 +243,7 @@ def message(res: Mapping[str, Any]) -> str:
 
 def leftovers(run: str) -> list[int]:
     """Processes of a run that outlived their engine (ssh's shared connections are no part of it)."""
-    mark = f"{RUN_VARIABLE}={run}".encode()
+    mark = f"{MARK}={run}".encode()
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
