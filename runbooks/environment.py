@@ -113,6 +113,10 @@ class Environment:
         """A variable of the environment."""
         return self.template(self._raw[name]) if name in self._raw else default
 
+    def raw(self, name: str) -> Any:
+        """A variable of the environment before its templates are filled in, for whoever fills them in part by part."""
+        return self._raw.get(name)
+
     def require(self, name: str) -> Any:
         """A variable of the environment. Raises Problem when there is none."""
         if name not in self._raw:
