@@ -1,6 +1,7 @@
 """The report of a run: what happened, when, and what the clients' ledgers say against the environment's targets.
 
-Figures come from the ledgers and from nothing else; what the ledgers do not say is "not measured" (None).
+Figures come from the ledgers and from nothing else; what the ledgers do not say is "not measured" (None). A run is
+reported in whatever state it is, also without its definition, its inventory or any ledger: what is missing is said.
 """
 
 from __future__ import annotations
@@ -12,36 +13,50 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runbooks import errors, ledger
+from runbooks import errors, ledger, outlook, story
 from runbooks.definition import Definition
 from runbooks.environment import Environment
 from runbooks.errors import Problem
 from runbooks.journal import Journal, RunState
-from runbooks.progress import given, seconds
-
-TEMPLATES = Path(__file__).parent / "templates"
+from runbooks.progress import given
 
 
-def build(journal: Journal, run: str, definition: Definition, environment: Environment) -> dict[str, Any]:
-    """Everything that the report tells, ready for JSON. Times are unix seconds, durations seconds."""
+def build(
+    journal: Journal,
+    run: str,
+    definition: Definition | None,
+    environment: Environment | None,
+    *,
+    measure: bool = True,
+) -> dict[str, Any]:
+    """Everything that the report tells, ready for JSON. Times are unix seconds, durations seconds.
+
+    definition, environment: None when they cannot be had any more. measure: read the clients' ledgers.
+    """
     state = journal.state(run)
-    measured, why_not = _figures(journal, state, environment)
+    told = story.tell(journal.records(run))
+    shown = outlook.shown_state(journal, state)
+    measured, why_not = _figures(journal, state, environment) if measure else (None, "the run has not ended")
     figures = _summary(measured, state)
-    targets = {name: environment.template(value, **state.parameters) for name, value in definition.targets.items()}
+    targets, no_targets = _targets(definition, environment, state)
     checks = _checks(figures, targets)
     directory = journal.directory / run
+    now = time.time()
     return {
         "run": run,
-        "runbook": definition.name,
-        "title": definition.title,
-        "severity": definition.severity,
+        "runbook": state.runbook,
+        "title": definition.title if definition else state.runbook,
+        "purpose": definition.purpose if definition else "",
+        "owner": definition.owner if definition else "",
+        "severity": definition.severity if definition else "",
         "environment": state.environment,
         "inventory": state.inventory,
         "who": state.who,
         "host": state.host,
         "parameters": state.parameters,
-        "given": given(definition, state.parameters),
+        "given": given(definition, state.parameters) if definition else state.parameters,
         "state": state.state,
+        "shown_state": shown,
         "reason": state.reason,
         "resumed": state.resumed,
         "left_out": state.left_out,
@@ -49,17 +64,70 @@ def build(journal: Journal, run: str, definition: Definition, environment: Envir
         "started": state.started,
         "ended": state.ended,
         "elapsed_s": None if state.ended is None else round(state.ended - state.started, 3),
-        "steps": [_step(definition, state, step) for step in state.steps],
+        "steps": [_step(definition, state, told, step) for step in state.steps],
         "outputs": state.outputs,
-        "targets": environment.get("targets") or {},
+        "targets": _environment_targets(environment),
         "checks": checks,
+        "no_targets": no_targets,
         "figures": figures,
         "not_measured": why_not,
         "ledgers": measured,
-        "verdict": verdict(state, checks, why_not),
+        "verdict": verdict(state, checks, why_not, shown),
+        "next": outlook.next_command(journal, state, shown),
+        "timeline": [asdict(event) for event in told.timeline],
+        "plan": told.plan,
+        "approvals": told.approvals,
+        "emergencies": told.emergencies,
+        "windows": told.windows,
+        "holders": told.holders,
+        "notifications": told.notifications,
+        "acknowledgements": told.acknowledgements,
+        "notes": told.notes,
+        "evidence": None,
         "paths": {"html": str(directory / "report.html"), "json": str(directory / "report.json")},
-        "made": time.time(),
+        "made": now,
     }
+
+
+def definition_of(runbook: str) -> tuple[Definition | None, str]:
+    """The runbook's definition, or why there is none."""
+    from runbooks import definition
+
+    try:
+        return definition.load(runbook), ""
+    except Problem as problem:
+        return None, problem.what
+
+
+def environment_of(inventory: str) -> tuple[Environment | None, str]:
+    """The environment of an inventory, or why there is none. Imports Ansible, which takes a second."""
+    try:
+        return Environment(Path(inventory)), ""
+    except Problem as problem:
+        return None, problem.what
+
+
+def _targets(
+    definition: Definition | None, environment: Environment | None, state: RunState
+) -> tuple[dict[str, Any], str]:
+    """The run's targets in seconds, or why they are not known."""
+    if definition is None:
+        return {}, f"there is no definition of {state.runbook} any more"
+    if not definition.targets:
+        return {}, ""
+    if environment is None:
+        return {}, f"the inventory {state.inventory} cannot be read here"
+    try:
+        return {name: environment.template(value, **state.parameters) for name, value in definition.targets.items()}, ""
+    except Problem as problem:
+        return {}, problem.what
+
+
+def _environment_targets(environment: Environment | None) -> dict[str, Any]:
+    try:
+        return (environment.get("targets") if environment else None) or {}
+    except Problem:
+        return {}
 
 
 def exit_code(report: Mapping[str, Any]) -> int:
@@ -85,8 +153,8 @@ def write(report: Mapping[str, Any]) -> None:
         ) from error
 
 
-def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str) -> dict[str, str]:
-    """The first thing to read: level (good, warn, bad) and one sentence."""
+def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str, shown: str) -> dict[str, str]:
+    """The first thing to read: level (good, warn, bad) and one sentence. shown: what outlook makes of the state."""
     if state.state == "succeeded":
         missed = [c["title"] for c in checks if c["met"] is False]
         if missed:
@@ -98,21 +166,31 @@ def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str) -> dict
             return {"level": "warn", "text": f"Done. Not measured yet: {', '.join(unknown)}."}
         return {"level": "good", "text": "Done, and every target was met." if checks else "Done."}
     texts = {
-        "running": ("warn", "Not finished."),
+        "running": ("warn", f"Running{_at_step(state)}."),
+        "dead": ("bad", f"Its process is gone with the work unfinished{_at_step(state)}."),
+        "waiting": ("warn", "Waiting."),
         "refused": ("bad", "Refused, and nothing was changed by the step that refused."),
         "failed": ("bad", "Failed."),
         "interrupted": ("warn", "Interrupted."),
         "aborted": ("warn", "Given up."),
     }
-    level, text = texts[state.state]
+    level, text = texts.get(shown, ("warn", f"{shown.capitalize()}."))
     return {"level": level, "text": f"{text} {state.reason}".strip()}
+
+
+def _at_step(state: RunState) -> str:
+    names = list(state.steps)
+    at = next((name for name in names if state.steps[name].outcome != "ok"), None)
+    return "" if at is None else f", at step {names.index(at) + 1} of {len(names)} ({at})"
 
 
 # -- the figures
 
 
-def _figures(journal: Journal, state: RunState, environment: Environment) -> tuple[dict[str, Any] | None, str]:
+def _figures(journal: Journal, state: RunState, environment: Environment | None) -> tuple[dict[str, Any] | None, str]:
     """What ``ledger.measure`` says of this run, or why it says nothing."""
+    if environment is None:
+        return None, f"the inventory {state.inventory} cannot be read here"
     directory = environment.ledgers
     if directory is None:
         return None, "the environment keeps no client ledgers"
@@ -224,79 +302,37 @@ def figure(check: Mapping[str, Any]) -> str:
     return f"{text} {unit}".strip()
 
 
-def _step(definition: Definition, state: RunState, name: str) -> dict[str, Any]:
-    known = {step.id: step for step in definition.steps}
-    step = known.get(name)
+def _step(definition: Definition | None, state: RunState, told: story.Story, name: str) -> dict[str, Any]:
+    step = next((step for step in definition.steps if step.id == name), None) if definition else None
     data = asdict(state.steps[name])
     data.pop("started_mono")
+    own = told.steps.get(name, story.StepStory())
+    budget = step.budget_s if step else own.budget_s
+    planned = next((s for s in (told.plan or {}).get("steps") or [] if s.get("id") == name), {})
     return {
         **data,
         "id": name,
         "title": step.title if step else name,
-        "budget_s": step.budget_s if step else None,
+        "budget_s": budget,
+        "over_s": _over(data["elapsed_s"], budget),
+        "estimate_s": planned.get("estimate_s"),
+        "planned": planned.get("changes"),
         "touches": list(step.touches) if step else [],
         "gate": bool(step and step.gate),
+        "tries": [asdict(attempt) for attempt in own.attempts],
+        "effects": [asdict(effect) for effect in own.effects],
+        "gates": own.gates,
+        "undo": own.undo,
     }
 
 
-# -- the page
+def _over(elapsed: float | None, budget: float | None) -> float | None:
+    """Seconds over the budget; 0 within it, None while there is nothing to compare."""
+    return None if elapsed is None or not budget else round(max(0.0, elapsed - budget), 3)
 
 
 def html(report: Mapping[str, Any]) -> str:
     """One page that needs nothing beside it."""
-    import jinja2
+    from runbooks import page
 
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["seconds"] = seconds
-    environment.filters["figure"] = figure
-    environment.filters["clock"] = lambda t: time.strftime("%H:%M:%S", time.localtime(t))
-    environment.filters["moment"] = lambda t: time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(t))
-    return environment.get_template("report.html.j2").render(r=report, chart=chart(report))
-
-
-def chart(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The timeline as percentages of its whole width: bars of the steps, marks of the clients."""
-    steps = [s for s in report["steps"] if s["started"] is not None]
-    clock = _wall_of_ledger(report)
-    end = max([report["ended"] or report["made"], *(s["ended"] or 0 for s in steps)])
-    begin, end = min([report["asked"], *clock.values()]), max([end, *clock.values()])
-    span = max(end - begin, 0.001)
-
-    def at(moment: float) -> float:
-        return float(round(100 * (moment - begin) / span, 3))
-
-    checked = {"id": "preflight", "outcome": "ok", "elapsed_s": report["started"] - report["asked"]}
-    left, right = at(report["asked"]), at(report["started"])
-    bars: list[dict[str, Any]] = [{"step": checked, "left": left, "width": max(right - left, 0.3), "wait": 0}]
-    for step in report["steps"]:
-        if step["started"] is None:
-            bars.append({"step": step, "left": 0, "width": 0, "wait": 0})
-            continue
-        stop = step["ended"] or end
-        width = max(at(stop) - at(step["started"]), 0.3)
-        took = max(stop - step["started"], 0.001)
-        wait = min(100.0, 100 * float(step["outputs"].get("lease_waited_s", 0)) / took)
-        bars.append({"step": step, "left": at(step["started"]), "width": round(width, 3), "wait": round(wait, 2)})
-    names = {"outage": "last write before", "back": "first write after"}
-    marks = [{"at": at(t), "title": names[name], "wall": t, "name": name} for name, t in clock.items()]
-    return {"bars": bars, "marks": marks, "begin": begin, "end": end, "span_s": span, "ticks": _ticks(span)}
-
-
-def _ticks(span: float) -> list[dict[str, Any]]:
-    step = next((s for s in (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800) if span / s <= 8), 3600)
-    return [{"at": round(100 * s / span, 3), "text": f"+{s} s"} for s in range(0, int(span) + 1, step)]
-
-
-def _wall_of_ledger(report: Mapping[str, Any]) -> dict[str, float]:
-    """The clients' outage and return in unix seconds: the worst outside client's."""
-    switches = [s for s in (report["ledgers"] or {}).get("switches", []) if s["side"] == ledger.OUTSIDE]
-    if not switches:
-        return {}
-    worst = max(switches, key=lambda s: s["gap_s"])
-    return {"outage": worst["last_before_wall"], "back": worst["first_after_wall"]}
+    return page.report(report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from runbooks.commands.common import add_inventory, add_run, columns, find, print_json
@@ -16,15 +15,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from runbooks import definition, report
-    from runbooks.environment import Environment
+    from runbooks import report
     from runbooks.journal import opened
 
     found, run = find(arguments)
     with opened(found) as journal:
         state = journal.state(run)
-        environment = Environment(Path(arguments.inventory or state.inventory))
-        result = report.build(journal, run, definition.load(state.runbook), environment)
+        runbook, _ = report.definition_of(state.runbook)
+        environment, _ = report.environment_of(arguments.inventory or state.inventory)
+        result = report.build(journal, run, runbook, environment)
     report.write(result)
     if arguments.json:
         print_json(result)
@@ -35,14 +34,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def print_figures(result: dict[str, Any], stream: Any) -> None:
     """The verdict, each figure against its target, and where the page is."""
-    from runbooks import report
+    from runbooks import page
 
     print(result["verdict"]["text"], file=stream)
     rows = []
     for check in result["checks"]:
         target = "" if check["target"] is None else f"target {check['target']:g} {check['unit']}".strip()
         met = {True: "met", False: "MISSED", None: ""}[check["met"]]
-        rows.append((f"  {check['title']}", report.figure(check), target, met))
+        rows.append((f"  {check['title']}", page.figure(check), target, met))
     if result["figures"]["lease_wait_s"] is not None:
         rows.append(("  of which waited for the lease", f"{result['figures']['lease_wait_s']:.1f} s", "", ""))
     columns(rows, stream)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from runbooks import definition, report
+from runbooks import definition, page, report
 from runbooks.environment import Environment
 from runbooks.journal import Journal
 from runbooks.ledger import Record, boot_id
@@ -188,8 +190,8 @@ def test_failed_run_says_so_first(stage: Stage) -> None:
     assert result["verdict"]["level"] == "bad"
     assert "no leader" in result["verdict"]["text"]
     assert report.exit_code(result) == 1
-    page = report.html(result)
-    assert page.count("not reached") == 4
+    text = report.html(result)
+    assert text.count("not reached") == 4
 
 
 class Page(HTMLParser):
@@ -202,7 +204,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.loads += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "action")]
+        self.loads += [v for k, v in attrs if k in ("src", "href", "srcset", "action") and v and not v.startswith("#")]
         if tag not in ("meta", "br", "link", "img"):
             self.open.append(tag)
 
@@ -213,22 +215,33 @@ class Page(HTMLParser):
 def test_page_needs_nothing_beside_it_and_escapes_what_it_shows(stage: Stage) -> None:
     stage.ledger()
     stage.run()
-    page = report.html(stage.report())
-    parsed = Page(page)
+    text = report.html(stage.report())
+    parsed = Page(text)
     assert (parsed.loads, parsed.open) == ([], [])
-    assert not re.search(r"url\(|@import|https?://", page)
-    assert "fence &lt;done&gt;" in page
-    assert page.index('class="verdict') < page.index("What happened, when")
-    for text in ("waiting for the lease", "first write after", "do promote", RUN):
-        assert text in page
+    assert not re.search(r"url\(|@import|https?://|<script|style=", text)
+    assert "fence &lt;done&gt;" in text
+    assert text.index('class="verdict') < text.index("What happened, when")
+    for part in ("waiting for the lease", "first write after", "do promote", RUN):
+        assert part in text
+
+
+def test_style_is_the_one_that_the_policy_allows(stage: Stage) -> None:
+    stage.run()
+    text = report.html(stage.report())
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
+    assert style
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    assert f"style-src &#39;sha256-{digest}&#39;" in text
+    assert "default-src &#39;none&#39;" in text
 
 
 def test_bars_lie_within_the_chart(stage: Stage) -> None:
     stage.ledger(gap=20)
     stage.run()
-    chart = report.chart(stage.report())
-    assert [b["step"]["id"] for b in chart["bars"]] == ["preflight", *STEPS]
-    assert all(0 <= b["left"] <= 100 and b["width"] > 0 for b in chart["bars"])
+    chart = page.chart(stage.report())
+    assert [lane["name"] for lane in chart["lanes"]] == ["checks", *STEPS]
+    bars = [bar for lane in chart["lanes"] for bar in lane["bars"]]
+    assert all(0 <= b["left"] and b["left"] + b["width"] <= 100.001 and b["width"] > 0 for b in bars)
     marks = {m["name"]: m["at"] for m in chart["marks"]}
     assert marks["outage"] < marks["back"]
     assert chart["span_s"] >= 20
