@@ -59,8 +59,9 @@ class LeaseWatch(threading.Thread):
         super().__init__(daemon=True)
         self.lost, self.gone_t = lost, None
         pki = STATE / "pki"
-        tls = Tls(str(pki / "ca.crt"), str(pki / "witness1.crt"), str(pki / "witness1.key"))
-        self.store = LeaseStore(Etcd(["https://10.77.3.11:12379"], tls), VARIABLES["environment_name"])
+        witness = next(node for node in topology.load(REPO / INVENTORY).nodes if node.role == "witness")
+        tls = Tls(str(pki / "ca.crt"), str(pki / f"{witness.name}.crt"), str(pki / f"{witness.name}.key"))
+        self.store = LeaseStore(Etcd([f"https://{witness.address}:12379"], tls), VARIABLES["environment_name"])
 
     gone_t: float | None
 

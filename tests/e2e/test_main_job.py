@@ -22,17 +22,12 @@ import pytest
 from lab import demo, probe, topology
 from lab.paths import REPO, STATE
 from runbooks import ledger
+from tests.nodes import call, faked_clock, guard_settings, on, signal_guards
 
 INVENTORY = "inventories/lab"
 PRIMARY, SECONDARY = "us-east-1", "us-west-2"
 LAB = [sys.executable, "-m", "lab"]
 RUNBOOK = [sys.executable, "-m", "runbooks"]
-
-
-def call(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
-    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
-    return done
 
 
 def runs() -> list[dict[str, Any]]:
@@ -111,7 +106,7 @@ def test_the_second_region_runs_the_application_in_full(lost_region: demo.Outcom
         with urllib.request.urlopen(f"http://{node.address}:{service.port}/readyz", timeout=10) as answer:
             assert json.load(answer)["region"] == SECONDARY
     script = "kubectl --kubeconfig /etc/kubernetes/admin.conf -n production-api get deployments -o json"
-    items = json.loads(call("podman", "exec", f"censuslab-{nodes[0].name}", "sh", "-c", script).stdout)["items"]
+    items = json.loads(on(nodes[0].name, script))["items"]
     available = {item["metadata"]["name"]: item["status"].get("availableReplicas") for item in items}
     assert available == {"api-gateway": len(nodes), "query": len(nodes)}
 
@@ -196,49 +191,43 @@ def return_to_primary(since: float) -> None:
 
 
 FAKED_CLOCK = "/run/censuschat-test-clock"
-LIBFAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 GUARD_FAULTS = {
     # systemd's watchdog off: else it replaces a frozen guard, and the kernel's switch is not what is tried.
     "frozen": ("WatchdogSec=0",),
-    "clock jumps": (
-        f"Environment=LD_PRELOAD={LIBFAKETIME} FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_NO_CACHE=1",
-        f"Environment=FAKETIME_TIMESTAMP_FILE={FAKED_CLOCK}",
-    ),
+    "clock jumps": faked_clock(FAKED_CLOCK),
 }
-
-
-def on_guards(script: str) -> None:
-    """Run a script on every database node of the primary region, past ssh: the region may be cut off."""
-    for node in ("use1-db1", "use1-db2", "use1-db3"):
-        call("podman", "exec", f"censuslab-{node}", "sh", "-c", script)
 
 
 @pytest.mark.parametrize("fault", GUARD_FAULTS)
 def test_one_writer_at_a_time_whatever_befalls_the_guards(fault: str, lost_region: demo.Outcome) -> None:
     """The region is lost while its guards are frozen, or while their wall clocks jump; clients write on both sides."""
-    directory = "/run/systemd/system/censuschat-guard.service.d"
-    settings = "\\n".join(("[Service]", *GUARD_FAULTS[fault]))
-    restart = "systemctl daemon-reload && systemctl restart censuschat-guard.service"
-    on_guards(
-        f"echo +0 > {FAKED_CLOCK}; mkdir -p {directory}; printf '{settings}\\n' > {directory}/test.conf; {restart}"
-    )
-    try:
-        call(*LAB, "probe", "start", "--all")
-        wait_for_acks(PRIMARY, 60)
-        time.sleep(3)
-        if fault == "frozen":
-            on_guards("systemctl kill -sSTOP censuschat-guard.service")
-        call(*LAB, "cut", PRIMARY)
-        cut = time.monotonic()
-        if fault == "clock jumps":
-            on_guards(f"echo -50m > {FAKED_CLOCK}")
-        call(*RUNBOOK, "run", "fail-over", "-i", INVENTORY, "--yes")
-        wait_for_acks(SECONDARY, 60)
-        inside = [r.t for r in acks_by(PRIMARY, cut) if r.side == PRIMARY]
-        assert inside, "no client inside the cut region was served after the cut"
-        assert max(inside) < min(r.t for r in acks_by(SECONDARY, cut))
-    finally:
-        on_guards(f"systemctl kill -sCONT censuschat-guard.service || :; rm -rf {directory} {FAKED_CLOCK}; {restart}")
+    guarded = [n.name for n in topology.load(REPO / INVENTORY).nodes if n.site == PRIMARY and n.role == "db"]
+
+    def clocks(offset: str) -> None:
+        for node in guarded:
+            on(node, f"echo {offset} > {FAKED_CLOCK}")
+
+    clocks("+0")
+    with guard_settings(guarded, *GUARD_FAULTS[fault]):
+        try:
+            call(*LAB, "probe", "start", "--all")
+            wait_for_acks(PRIMARY, 60)
+            time.sleep(3)
+            if fault == "frozen":
+                signal_guards(guarded, "STOP")
+            call(*LAB, "cut", PRIMARY)
+            cut = time.monotonic()
+            if fault == "clock jumps":
+                clocks("-50m")
+            call(*RUNBOOK, "run", "fail-over", "-i", INVENTORY, "--yes")
+            wait_for_acks(SECONDARY, 60)
+            inside = [r.t for r in acks_by(PRIMARY, cut) if r.side == PRIMARY]
+            assert inside, "no client inside the cut region was served after the cut"
+            assert max(inside) < min(r.t for r in acks_by(SECONDARY, cut))
+        finally:
+            signal_guards(guarded, "CONT")
+    for node in guarded:
+        on(node, f"rm -f {FAKED_CLOCK}")
     return_to_primary(cut)
 
 

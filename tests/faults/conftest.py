@@ -15,6 +15,7 @@ from lab import nodes, topology, verbs
 from lab.paths import PREFIX, REPO, STATE
 from lab.topology import Topology
 from tests.faults.client import NAMESPACE, Api, Client
+from tests.nodes import on
 
 INVENTORY = REPO / "inventories" / "lab-ha"
 REGION = "us-east-1"
@@ -32,10 +33,7 @@ class Cluster:
 
     def on(self, node: str, script: str, *, check: bool = True, timeout: float = 120.0) -> str:
         """Run a shell script as root on a node, past sshd."""
-        command = ("podman", "exec", f"{PREFIX}{node}", "sh", "-c", script)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        assert done.returncode == 0 or not check, f"{node}: {script}: {done.stdout}{done.stderr}"
-        return done.stdout.strip()
+        return on(node, script, check=check, timeout=timeout).strip()
 
     def kill(self, node: str) -> None:
         """The node is gone from one moment to the next."""

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ import pytest
 import yaml
 
 from lab import aws, probe, topology
-from lab.paths import PREFIX, REPO, STATE
+from lab.paths import REPO, STATE
 from lab.resolve import Names, UnresolvedError
 from runbooks import ledger
+from tests.nodes import call, on
 
 INVENTORY = os.environ.get("CENSUSCHAT_INVENTORY", "inventories/lab")
 BIN = Path(sys.executable).parent
@@ -31,16 +31,6 @@ SERVICE = probe.service_of(REPO / INVENTORY)
 LAB = topology.load(REPO / INVENTORY)
 LIMIT_S = 3.5
 """Seconds in which the service must say no: its own 2 s for the work and what a loaded machine adds."""
-
-
-def call(*command: str, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, **more)
-    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
-    return done
-
-
-def on(node: str, script: str) -> str:
-    return call("podman", "exec", f"{PREFIX}{node}", "sh", "-c", script).stdout
 
 
 def lab(*arguments: str) -> str:

@@ -24,6 +24,7 @@ from lab.paths import REPO, STATE
 from lab.programs.catalogue import catalogue
 from lab.topology import Node, Topology
 from tests.integration.trial import BIN, ENVIRONMENT
+from tests.nodes import entered, on
 
 REGIONS = ("us-east-1", "us-west-2")
 
@@ -85,15 +86,6 @@ def kubectl(region: str, *arguments: str, stdin: str | None = None) -> str:
         check=False,
     )
     assert done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
-    return done.stdout
-
-
-def on(node: str, script: str) -> str:
-    """Run a shell script as root on a node, past sshd."""
-    done = subprocess.run(
-        ("podman", "exec", f"censuslab-{node}", "sh", "-c", script), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, f"{node}: {done.stdout}{done.stderr}"
     return done.stdout
 
 
@@ -221,7 +213,7 @@ def emptied_worker(running_lab: Topology) -> Iterator[Node]:
 def listener(node: Node, port: int) -> Iterator[None]:
     """Another program on a port of a node."""
     script = f"echo $$; exec python3 -m http.server {port}"
-    command = ("podman", "exec", f"censuslab-{node.name}", "sh", "-c", script)
+    command = entered(node.name, "sh", "-c", script)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout
         number = process.stdout.readline().strip()
@@ -241,7 +233,7 @@ def command_lines(node: str) -> Iterator[IO[str]]:
     """Every command line that a node's processes have meanwhile, in a file that is written to as they appear."""
     script = "while :; do cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '; echo; sleep 0.1; done"
     with tempfile.TemporaryFile("w+", errors="replace") as seen:
-        command = ("podman", "exec", f"censuslab-{node}", "sh", "-c", f"echo $$; {script}")
+        command = entered(node, "sh", "-c", f"echo $$; {script}")
         with subprocess.Popen(command, stdout=seen, stderr=subprocess.DEVNULL) as process:
             try:
                 yield seen

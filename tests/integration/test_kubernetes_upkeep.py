@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 
 import pytest
 import yaml
 
 from lab import verbs
-from lab.paths import PREFIX
 from lab.topology import Topology
+from tests.nodes import on, run_on
 
 RECEIVER = "witness1"
 METRICS = "/var/lib/censuschat-metrics"
-
-
-def on(node: str, script: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a shell script as root on a node, past sshd."""
-    command = ("podman", "exec", f"{PREFIX}{node}", "sh", "-c", script)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0 or not check, f"{node}: {script}: {done.stdout}{done.stderr}"
-    return done
 
 
 @pytest.fixture(scope="module", name="control_plane")
@@ -45,15 +36,15 @@ def _group(body: dict[str, object], wanted: str) -> dict[str, object] | None:
 def test_a_snapshot_is_proven_and_reaches_the_other_site(control_plane: str) -> None:
     time.sleep(1.1)  # Snapshots are named by the second.
     on(control_plane, "systemctl start censuschat-etcd-snapshot.service")
-    newest = on(control_plane, "ls -1t /var/backups/etcd/*.db | head -1").stdout.strip()
-    described = json.loads(on(control_plane, f"cat {newest}.json").stdout)
+    newest = on(control_plane, "ls -1t /var/backups/etcd/*.db | head -1").strip()
+    described = json.loads(on(control_plane, f"cat {newest}.json"))
     assert described["proven"] and described["keys"] > 100
-    assert on(control_plane, f"stat -c '%a %U' {newest}").stdout.split() == ["600", "root"]
+    assert on(control_plane, f"stat -c '%a %U' {newest}").split() == ["600", "root"]
     copy = f"/var/lib/censuschat-etcd-copies/{control_plane}/snapshots/{described['name']}"
-    assert on(RECEIVER, f"sha256sum {copy}").stdout.split()[0] == described["sha256"]
+    assert on(RECEIVER, f"sha256sum {copy}").split()[0] == described["sha256"]
     on(RECEIVER, "systemctl start censuschat-etcd-copies.service")
-    assert f'member="{control_plane}"' in on(RECEIVER, f"cat {METRICS}/censuschat_etcd_copies.prom").stdout
-    assert "last_run_success" in on(control_plane, f"cat {METRICS}/censuschat_etcd_snapshot.prom").stdout
+    assert f'member="{control_plane}"' in on(RECEIVER, f"cat {METRICS}/censuschat_etcd_copies.prom")
+    assert "last_run_success" in on(control_plane, f"cat {METRICS}/censuschat_etcd_snapshot.prom")
 
 
 def test_the_key_of_the_copies_does_nothing_else(control_plane: str) -> None:
@@ -62,7 +53,7 @@ def test_the_key_of_the_copies_does_nothing_else(control_plane: str) -> None:
         f"-i /etc/ssh/ssh_host_ed25519_key etcdcopy-{control_plane}@10.77.3.11"
     )
     for asked in ("id", "cat /etc/passwd", "", "take ../x 1 00"):
-        done = on(control_plane, f"{ssh} {asked} </dev/null", check=False)
+        done = run_on(control_plane, "sh", "-c", f"{ssh} {asked} </dev/null", check=False)
         assert done.returncode == 1 and "refused:" in done.stderr, done
         assert "uid=" not in done.stdout and "root:" not in done.stdout
 
@@ -71,9 +62,9 @@ def test_a_receiver_that_hears_nothing_complains(control_plane: str) -> None:
     directory = f"/var/lib/censuschat-etcd-copies/{control_plane}/snapshots"
     on(RECEIVER, f"mv {directory} {directory}.away && install -d -m 0700 {directory}")
     try:
-        done = on(RECEIVER, "systemctl start censuschat-etcd-copies.service", check=False)
+        done = run_on(RECEIVER, "sh", "-c", "systemctl start censuschat-etcd-copies.service", check=False)
         assert done.returncode != 0
-        said = on(RECEIVER, "journalctl -u censuschat-etcd-copies.service -o cat -n 20").stdout
+        said = on(RECEIVER, "journalctl -u censuschat-etcd-copies.service -o cat -n 20")
         assert f"{control_plane} of" in said and "never sent a snapshot" in said
     finally:
         on(RECEIVER, f"rmdir {directory} && mv {directory}.away {directory}")
@@ -82,10 +73,10 @@ def test_a_receiver_that_hears_nothing_complains(control_plane: str) -> None:
 
 def test_certificates_are_watched_and_an_emptied_disk_would_stay_down(control_plane: str) -> None:
     on(control_plane, "systemctl start censuschat-kubernetes-certificates.service censuschat-kubelet-serving.service")
-    published = on(control_plane, f"cat {METRICS}/censuschat_kubernetes_certificates.prom").stdout
+    published = on(control_plane, f"cat {METRICS}/censuschat_kubernetes_certificates.prom")
     days = {line.split('certificate="')[1].split('"')[0] for line in published.splitlines() if "days_left{" in line}
     assert {"apiserver", "etcd-server", "admin.conf", "ca", "kubelet-client", "kubelet-serving"} <= days
-    assert "--initial-cluster-state=existing" in on(control_plane, "cat /etc/kubernetes/manifests/etcd.yaml").stdout
-    timers = on(control_plane, "systemctl list-timers --no-legend 'censuschat-*'").stdout
+    assert "--initial-cluster-state=existing" in on(control_plane, "cat /etc/kubernetes/manifests/etcd.yaml")
+    timers = on(control_plane, "systemctl list-timers --no-legend 'censuschat-*'")
     for name in ("censuschat-etcd-snapshot", "censuschat-kubernetes-certificates", "censuschat-kubelet-serving"):
         assert f"{name}.timer" in timers

@@ -7,7 +7,6 @@ from an object in the API to the kernel of the right nodes.
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import pytest
 
 from lab.network_policy.agent import LOOK_S
-from lab.paths import PREFIX, STATE
+from lab.paths import STATE
 from lab.topology import Topology
+from tests.nodes import on
 from tests.pods import Ask, Pods, PodsError, ProbePod
 
 REGION = "us-east-1"
@@ -57,13 +57,6 @@ def node_of(pods: Pods, pod: str) -> str:
 def databases(lab: Topology) -> list[str]:
     """The addresses of the region's database nodes."""
     return [str(node.address) for node in lab.nodes if node.role == "db" and node.site == REGION]
-
-
-def on(node: str, *command: str) -> str:
-    """Runs a command as root on a node."""
-    done = subprocess.run(("podman", "exec", PREFIX + node, *command), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 Enforce = Callable[..., None]
@@ -231,14 +224,14 @@ def test_a_policy_ends_the_connection_that_it_forbids(pods: Pods, enforce: Enfor
 def test_enforcement_outlives_the_agent(pods: Pods, enforce: Enforce) -> None:
     enforce(SHOP, DENY, ask=Ask(WEB, DB, 5432), becomes="dropped")
     node = node_of(pods, WEB)
-    on(node, "systemctl", "stop", "censuschat-network.service")
+    on(node, "systemctl stop censuschat-network.service")
     try:
         assert pods.probe(WEB, DB, 5432) == "dropped"
         # A flushed table is put back by whoever comes first, here the unit that Debian flushes with.
-        on(node, "systemctl", "restart", "censuschat-network-table.service")
+        on(node, "systemctl restart censuschat-network-table.service")
         assert pods.probe(WEB, DB, 5432) == "dropped"
     finally:
-        on(node, "systemctl", "start", "censuschat-network.service")
+        on(node, "systemctl start censuschat-network.service")
     end = time.monotonic() + 1.5
     while time.monotonic() < end:
         assert pods.probe(WEB, DB, 5432) == "dropped"
@@ -250,7 +243,7 @@ def test_enforcement_outlives_the_agent(pods: Pods, enforce: Enforce) -> None:
 def test_a_lost_table_is_put_back(pods: Pods, enforce: Enforce) -> None:
     enforce(SHOP, DENY, ask=Ask(WEB, DB, 5432), becomes="dropped")
     node = node_of(pods, WEB)
-    on(node, "nft", "delete", "table", "inet", "censuschat_network")
+    on(node, "nft delete table inet censuschat_network")
     assert pods.probe(WEB, DB, 5432) == "open"
     print(f"put back after {pods.until(Ask(WEB, DB, 5432), 'dropped', LOOK_S + SOON_S):.1f} s")
 
@@ -290,8 +283,8 @@ def test_a_new_pod_is_isolated_from_its_first_packet(pods: Pods, enforce: Enforc
 
 def test_an_agent_is_small_and_may_only_read(pods: Pods) -> None:
     for node in pods.kubectl("get", "nodes", "-o", "jsonpath={.items[*].metadata.name}").split():
-        pid = on(node, "systemctl", "show", "-P", "MainPID", "censuschat-network.service").strip()
-        status = dict(line.split(":", 1) for line in on(node, "cat", f"/proc/{pid}/status").splitlines())
+        pid = on(node, "systemctl show -P MainPID censuschat-network.service").strip()
+        status = dict(line.split(":", 1) for line in on(node, f"cat /proc/{pid}/status").splitlines())
         assert int(status["VmRSS"].split()[0]) < 30 * 1024, f"kB on {node}"
     account = "--as=system:serviceaccount:kube-system:censuschat-network"
     for verb, what in (("list", "pods"), ("watch", "networkpolicies.networking.k8s.io"), ("list", "nodes")):

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from lab.paths import PREFIX, REPO, STATE
+from lab.paths import REPO, STATE
+from tests.nodes import call, run_on
 
 INVENTORY = os.environ.get("CENSUSCHAT_INVENTORY", "inventories/lab")
 BIN = Path(sys.executable).parent
@@ -39,18 +40,8 @@ except (ssl.SSLError, ConnectionError) as error:
 """
 
 
-def call(*command: str, check: bool = True, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, input=text, timeout=600)
-    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
-    return done
-
-
-def on(node: str, *command: str, check: bool = True, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    return call("podman", "exec", "-i", f"{PREFIX}{node}", *command, check=check, text=text)
-
-
 def request(node: str, url: str, method: str, path: str, *, certificate: bool, body: str = "") -> tuple[int, str]:
-    done = on(node, "python3", "-", url, method, path, "yes" if certificate else "no", body, text=REQUEST)
+    done = run_on(node, "python3", "-", url, method, path, "yes" if certificate else "no", body, text=REQUEST)
     status, answer = json.loads(done.stdout)
     return status, answer
 
@@ -58,12 +49,12 @@ def request(node: str, url: str, method: str, path: str, *, certificate: bool, b
 def local_sql(node: str, sql: str, database: str = "postgres") -> str:
     """SQL as the superuser, over the node's own socket."""
     psql = ("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", database)
-    return on(node, "runuser", "-u", "postgres", "--", *psql, text=sql).stdout.strip()
+    return run_on(node, "runuser", "-u", "postgres", "--", *psql, text=sql).stdout.strip()
 
 
 def remote_sql(node: str, conninfo: str, password: str, sql: str = "select 1") -> subprocess.CompletedProcess[str]:
     """SQL from a node over the network."""
-    return on(
+    return run_on(
         node, "env", f"PGPASSWORD={password}", "PGCONNECT_TIMEOUT=5", "psql", "-XAtqw", conninfo, "-c", sql, check=False
     )
 
@@ -267,9 +258,9 @@ def test_etcd_serves_those_with_a_certificate_only(group: str, port: int) -> Non
 
 def test_private_keys_are_for_their_services_only() -> None:
     for node in hosts("nodes"):
-        shown = on(node, "stat", "-c", "%U:%G %a", f"{PKI}/node.key").stdout.split()
+        shown = run_on(node, "stat", "-c", "%U:%G %a", f"{PKI}/node.key").stdout.split()
         assert shown == ["root:censuschat-pki", "640"]
-    outsider = on(hosts("db")[0], "runuser", "-u", "nobody", "--", "cat", f"{PKI}/node.key", check=False)
+    outsider = run_on(hosts("db")[0], "runuser", "-u", "nobody", "--", "cat", f"{PKI}/node.key", check=False)
     assert outsider.returncode != 0
 
 
@@ -332,9 +323,9 @@ def reclone(path: Path, region: Region) -> Path:
 
 def test_a_standby_region_can_be_cloned_anew(tmp_path: Path, writing: Region, standing_by: Region) -> None:
     inode = ("stat", "-c", "%i", "/var/lib/postgresql/15/censuschat/PG_VERSION")
-    before = {node: on(node, *inode).stdout for node in standing_by.db}
+    before = {node: run_on(node, *inode).stdout for node in standing_by.db}
     play(str(reclone(tmp_path / "reclone.yml", standing_by)))
-    assert all(on(node, *inode).stdout != before[node] for node in standing_by.db)
+    assert all(run_on(node, *inode).stdout != before[node] for node in standing_by.db)
     test_the_other_region_is_a_standby_cluster_that_streams(writing, standing_by)
 
 
@@ -367,14 +358,14 @@ def etcd_playbook(tmp_path: Path, standing_by: Region) -> Iterator[Path]:
 def test_members_of_etcd_restart_one_after_the_other(etcd_playbook: Path, standing_by: Region) -> None:
     nodes = sorted(set(hosts("dcs")) & set(standing_by.db + standing_by.app))
     for node in nodes:
-        on(node, "touch", "/etc/etcd/dcs.yml")
+        run_on(node, "touch", "/etc/etcd/dcs.yml")
     stats = play(str(etcd_playbook))
     assert {host: s["changed"] for host, s in stats.items()} == dict.fromkeys(nodes, 1)
     spans = []
     for node in nodes:
         show = ("systemctl", "show", "etcd-dcs.service", "--value", "-p")
         # The monotonic clock is the machine's, the same for all nodes. In microseconds.
-        down, up = (int(on(node, *show, f"Active{edge}TimestampMonotonic").stdout) for edge in ("Exit", "Enter"))
+        down, up = (int(run_on(node, *show, f"Active{edge}TimestampMonotonic").stdout) for edge in ("Exit", "Enter"))
         assert down < up
         spans.append((down, up))
     spans.sort()
@@ -385,7 +376,7 @@ def test_members_of_etcd_restart_one_after_the_other(etcd_playbook: Path, standi
 def test_a_member_of_etcd_that_lost_its_data_takes_a_new_place(etcd_playbook: Path, standing_by: Region) -> None:
     nodes = sorted(set(hosts("dcs")) & set(standing_by.db + standing_by.app))
     lost = nodes[-1]
-    on(lost, "sh", "-c", "systemctl stop etcd-dcs.service && rm -rf /var/lib/etcd/dcs/*")
+    run_on(lost, "sh", "-c", "systemctl stop etcd-dcs.service && rm -rf /var/lib/etcd/dcs/*")
     stats = play(str(etcd_playbook))
     assert {host for host, s in stats.items() if s["changed"]} == {lost}
     status, answer = request(lost, f"{address(lost)}:2379", "GET", "/health", certificate=True)
@@ -400,17 +391,17 @@ def test_a_lost_primary_is_replaced_inside_its_region_without_loss(writing: Regi
     local_sql(lost, f"insert into rows (client, n, region) values ('{client}', 1, '{writing.name}')", "censuschat")
     # A crash: neither Patroni nor PostgreSQL can say goodbye, and systemd does not bring them back.
     drop_in = "/run/systemd/system/patroni.service.d"
-    on(lost, "sh", "-c", f"mkdir -p {drop_in} && cat > {drop_in}/lost.conf", text="[Service]\nRestart=no\n")
-    on(lost, "systemctl", "daemon-reload")
+    run_on(lost, "sh", "-c", f"mkdir -p {drop_in} && cat > {drop_in}/lost.conf", text="[Service]\nRestart=no\n")
+    run_on(lost, "systemctl", "daemon-reload")
     try:
-        on(lost, "systemctl", "kill", "-s", "KILL", "--kill-whom=all", "patroni.service")
+        run_on(lost, "systemctl", "kill", "-s", "KILL", "--kill-whom=all", "patroni.service")
         eventually("a new primary", lambda: writing.having("leader") == successor, 60)
         found = local_sql(successor[0], f"select count(*) from rows where client = '{client}'", "censuschat")
         assert found == "1"
     finally:
-        on(lost, "rm", "-r", drop_in)
-        on(lost, "systemctl", "daemon-reload")
-        on(lost, "systemctl", "start", "patroni.service")
+        run_on(lost, "rm", "-r", drop_in)
+        run_on(lost, "systemctl", "daemon-reload")
+        run_on(lost, "systemctl", "start", "patroni.service")
     streams = f"select count(*) from pg_stat_replication where application_name = '{lost}' and state = 'streaming'"
     eventually("the lost node streams from its successor", lambda: local_sql(successor[0], streams) == "1", 90)
     local_sql(successor[0], f"delete from rows where client = '{client}'", "censuschat")

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from lab import topology
-from lab.paths import PREFIX, REPO, STATE
+from lab.paths import REPO, STATE
+from tests.nodes import LIBFAKETIME, call, entered, faked_clock, guard_settings, on, signal_guards
 
 INVENTORY = os.environ.get("CENSUSCHAT_INVENTORY", "inventories/lab")
 LAB = topology.load(REPO / INVENTORY)
@@ -27,8 +28,6 @@ CLOSE_AFTER_S, KERNEL_AFTER_S = FIGURES["write_guard_close_after_s"], FIGURES["w
 # What a loaded machine may add to a moment that a process of the test sees, in seconds.
 SLACK_S = 1.0
 PORT = 5432
-LIBFAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
-DROPIN = "/run/systemd/system/censuschat-guard.service.d"
 
 # Commits on one connection that stays open, and says when (CLOCK_MONOTONIC, one clock for all of the lab's machine)
 # each commit was acknowledged, and when and why there were no more.
@@ -48,16 +47,6 @@ try:
 except psycopg.Error as error:
     print(json.dumps({"end": time.monotonic(), "error": str(error).strip()}), flush=True)
 """
-
-
-def call(*command: str, check: bool = True, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, input=text, timeout=120)
-    assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
-    return done
-
-
-def on(node: str, script: str, check: bool = True) -> str:
-    return call("podman", "exec", f"{PREFIX}{node}", "sh", "-c", script, check=check).stdout
 
 
 def status(node: str) -> dict[str, Any]:
@@ -100,7 +89,7 @@ def can_connect(source: str, target: str) -> str:
         "except ConnectionRefusedError: print('refused')\n"
         "except OSError as error: print(error)\n"
     )
-    return call("podman", "exec", "-i", f"{PREFIX}{source}", "python3", "-", text=program).stdout.strip()
+    return call(*entered(source, "python3", "-"), text=program).stdout.strip()
 
 
 @dataclasses.dataclass
@@ -160,7 +149,7 @@ class Session:
 
     def __init__(self, client: str, node: str) -> None:
         self.process = subprocess.Popen(
-            ["podman", "exec", "-i", f"{PREFIX}{client}", "python3", "-u", "-c", SESSION, address(node)],
+            entered(client, "python3", "-u", "-c", SESSION, address(node)),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         password = (STATE / "secrets/postgresql_app").read_text().split()[0]
@@ -265,40 +254,11 @@ def store_out_of_reach(region: Region) -> Iterator[float]:
     )
     try:
         for node in region.db:
-            call("podman", "exec", "-i", f"{PREFIX}{node}", "nft", "-f", "-", text=rules)
+            on(node, "nft -f -", text=rules)
         yield time.monotonic()
     finally:
         for node in region.db:
             on(node, f"nft delete {table} 2>/dev/null || true")
-
-
-@contextlib.contextmanager
-def guard_settings(nodes: list[str], *lines: str) -> Iterator[None]:
-    """The guards run with other settings of their unit, restarted; as before afterwards."""
-    text = "[Service]\n" + "".join(f"{line}\n" for line in lines)
-    restart = "systemctl daemon-reload && systemctl restart censuschat-guard.service"
-    try:
-        for node in nodes:
-            write = f"mkdir -p {DROPIN} && cat > {DROPIN}/test.conf"
-            call("podman", "exec", "-i", f"{PREFIX}{node}", "sh", "-c", write, text=text)
-            on(node, restart)
-        yield
-    finally:
-        for node in nodes:
-            on(node, f"rm -rf {DROPIN}; {restart}")
-
-
-def signal_guards(nodes: list[str], name: str) -> float:
-    """Send all guards a signal, all within a moment; when the first got it."""
-    began = time.monotonic()
-    running = [
-        subprocess.Popen(
-            ["podman", "exec", f"{PREFIX}{n}", "systemctl", "kill", f"-s{name}", "censuschat-guard.service"]
-        )
-        for n in nodes
-    ]
-    assert [process.wait(30) for process in running] == [0] * len(running)
-    return began
 
 
 def lease_is_there() -> bool:
@@ -378,14 +338,6 @@ def test_stopped_guards_leave_it_to_the_kernel(writing: Region, session: Session
             on(node, "systemctl start censuschat-guard.service")
 
 
-def faked(clock: str) -> tuple[str, ...]:
-    """Unit settings that put the guard's wall clock where the file `clock` says; its monotonic clocks stay true."""
-    return (
-        f"Environment=LD_PRELOAD={LIBFAKETIME} FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_NO_CACHE=1",
-        f"Environment=FAKETIME_TIMESTAMP_FILE={clock}",
-    )
-
-
 def test_a_wall_clock_that_jumps_changes_nothing(writing: Region, session: Session) -> None:
     clock = "/run/censuschat-test-clock"
 
@@ -395,7 +347,7 @@ def test_a_wall_clock_that_jumps_changes_nothing(writing: Region, session: Sessi
 
     set_clocks("+0")
     try:
-        with guard_settings(writing.db, *faked(clock)):
+        with guard_settings(writing.db, *faked_clock(clock)):
             eventually("all gates are open", writing.serves)
             for offset in ("+1h", "-50m", "+0"):
                 set_clocks(offset)

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from lab import verbs
-from lab.paths import PREFIX, REPO, STATE
+from lab.paths import REPO, STATE
+from tests.nodes import call, on
 
 #: The witness is the one node that no other test cuts off from the operator.
 NODE = "witness1"
@@ -77,7 +78,7 @@ def playbook_of(directory: Path, tasks: list[dict[str, Any]]) -> Path:
 
 def shell(script: str) -> str:
     """Run a shell script as root on the node, past sshd."""
-    return _output("podman", "exec", f"{PREFIX}{NODE}", "sh", "-c", script)
+    return on(NODE, script).rstrip("\n")
 
 
 def fresh_login(script: str = "true") -> str:
@@ -85,15 +86,12 @@ def fresh_login(script: str = "true") -> str:
     options = [f"UserKnownHostsFile={STATE}/ssh/known_hosts", "GlobalKnownHostsFile=/dev/null", "IdentitiesOnly=yes"]
     options += ["ControlPath=none", "BatchMode=yes", "ConnectTimeout=5", "LogLevel=ERROR"]
     flags = [flag for option in options for flag in ("-o", option)]
-    return _output("ssh", *flags, "-i", f"{STATE}/ssh/id_ed25519", f"ops@{_address()}", "sudo", "sh", input=script)
+    key = f"{STATE}/ssh/id_ed25519"
+    return call("ssh", *flags, "-i", key, f"ops@{_address()}", "sudo", "sh", text=script, timeout=120).stdout.rstrip(
+        "\n"
+    )
 
 
 @functools.cache
 def _address() -> str:
     return str(verbs.current()[1].node(NODE).address)
-
-
-def _output(*argv: str, input: str | None = None) -> str:
-    done = subprocess.run(argv, input=input, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, f"{argv[0]} ended with {done.returncode}: {done.stdout}{done.stderr}"
-    return done.stdout.rstrip("\n")
