@@ -169,6 +169,7 @@ def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str, shown: 
         "running": ("warn", f"Running{_at_step(state)}."),
         "dead": ("bad", f"Its process is gone with the work unfinished{_at_step(state)}."),
         "waiting": ("warn", "Waiting."),
+        "undone": ("warn", "Undone."),
         "refused": ("bad", "Refused, and nothing was changed by the step that refused."),
         "failed": ("bad", "Failed."),
         "interrupted": ("warn", "Interrupted."),
@@ -308,7 +309,7 @@ def _step(definition: Definition | None, state: RunState, told: story.Story, nam
     data.pop("started_mono")
     own = told.steps.get(name, story.StepStory())
     budget = step.budget_s if step else own.budget_s
-    planned = next((s for s in (told.plan or {}).get("steps") or [] if s.get("id") == name), {})
+    planned: dict[str, Any] = next((s for s in (told.plan or {}).get("steps") or [] if s.get("id") == name), {})
     return {
         **data,
         "id": name,

@@ -5,6 +5,7 @@ Pure, and lenient: a record of an older or a newer program, or one without some 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +13,9 @@ from typing import Any
 
 from runbooks.journal import Record
 from runbooks.progress import seconds
+
+
+PART_OF_STEP = re.compile(r"\.(before|after|undo)(\.\d+)?$")
 
 
 @dataclass(slots=True)
@@ -84,7 +88,8 @@ class Story:
     notes: list[dict[str, Any]] = field(default_factory=list)
 
     def step(self, name: str | None) -> StepStory:
-        return self.steps.setdefault(name or "", StepStory())
+        """Of the step, also by the name that its gates and its undo go by (STEP.before.1, STEP.undo)."""
+        return self.steps.setdefault(PART_OF_STEP.sub("", name or ""), StepStory())
 
     @property
     def windows(self) -> list[dict[str, Any]]:
@@ -112,8 +117,8 @@ def _unknown(story: Story, record: Record, data: Data) -> Told:
 
 def _started(story: Story, record: Record, data: Data) -> Told:
     _holder(story, record, data, "started")
-    door = f" by {data['door']}" if data.get("door") else ""
-    return f"Run started{door}, by {_who(data)}", ""
+    door = story.holders[-1]["door"]
+    return f"Run started{f' by {door}' if door else ''}, by {_who(data)}", ""
 
 
 def _resumed(story: Story, record: Record, data: Data) -> Told:
@@ -128,13 +133,13 @@ def _resumed(story: Story, record: Record, data: Data) -> Told:
 
 def _holder(story: Story, record: Record, data: Data, how: str) -> None:
     keys = ("who", "host", "pid", "fence", "door")
-    story.holders.append({"at": record.wall, "how": how, **{key: data.get(key) for key in keys}})
+    taken = {key: data.get(key, getattr(record, key, None)) for key in keys}
+    story.holders.append({"at": record.wall, "how": how, **taken})
 
 
 def _who(data: Data) -> str:
-    return (
-        f"{data.get('who') or data.get('name') or 'somebody'}{' on ' + str(data['host']) if data.get('host') else ''}"
-    )
+    where = f" on {data['host']}" if data.get("host") else ""
+    return f"{data.get('who') or data.get('name') or 'somebody'}{where}"
 
 
 def _finished(story: Story, record: Record, data: Data) -> Told:

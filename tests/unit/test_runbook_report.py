@@ -241,7 +241,7 @@ def test_bars_lie_within_the_chart(stage: Stage) -> None:
     chart = page.chart(stage.report())
     assert [lane["name"] for lane in chart["lanes"]] == ["checks", *STEPS]
     bars = [bar for lane in chart["lanes"] for bar in lane["bars"]]
-    assert all(0 <= b["left"] and b["left"] + b["width"] <= 100.001 and b["width"] > 0 for b in bars)
+    assert all(b["left"] >= 0 and b["left"] + b["width"] <= 100.001 and b["width"] > 0 for b in bars)
     marks = {m["name"]: m["at"] for m in chart["marks"]}
     assert marks["outage"] < marks["back"]
     assert chart["span_s"] >= 20
