@@ -14,7 +14,6 @@ from typing import Any
 from runbooks.journal import Record
 from runbooks.progress import seconds
 
-
 PART_OF_STEP = re.compile(r"\.(before|after|undo)(\.\d+)?$")
 
 
