@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runbooks.database import is_url, without_password
 from runbooks.errors import Problem, one_line
-from runbooks.journal import state_home
+from runbooks.journal import Journal, state_home
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSIBLE_CONFIG = ROOT / "ansible.cfg"
@@ -132,6 +133,28 @@ class Environment:
         """Where the journal and the reports of this environment are kept."""
         given = self.get("runbook_state")
         return Path(str(given)).expanduser() if given else state_home() / self.name
+
+    @property
+    def journal_location(self) -> Path | str:
+        """The journal: an SQLite file, or a postgresql:// URL. Raises Problem when that holds a password."""
+        given = self.get("runbook_journal")
+        if given and is_url(str(given)):
+            return without_password(str(given))
+        return Path(str(given)).expanduser() if given else self.state_directory / "journal.sqlite"
+
+    def has_journal(self) -> bool:
+        """Whether there may be a journal already; a shared database counts as one."""
+        location = self.journal_location
+        return isinstance(location, str) or location.exists()
+
+    def open_journal(self) -> Journal:
+        """The environment's journal, made when there is none. Raises Problem."""
+        return Journal(self.journal_location, self.name, self.state_directory)
+
+    @property
+    def journal_keys(self) -> dict[str, str]:
+        """Whose records are trusted (variable runbook_journal_keys): name -> public key."""
+        return {str(name): str(key) for name, key in (self.get("runbook_journal_keys") or {}).items()}
 
     @property
     def ledgers(self) -> Path | None:

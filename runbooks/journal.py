@@ -1,44 +1,61 @@
-"""The journal: what a run intended and what came of it, in one SQLite file an environment, and the environment's lock.
+"""The journal: what a run intended and what came of it, in one chain of signed records an environment.
 
-The table ``journal`` is append-only; the state of a run is what its records add up to (``fold``). The world holds the
-truth: steps observe it, so a record that is missing costs a repeated observation and never a repeated effect.
+It lives in an SQLite file, or in a PostgreSQL database that several operators and AWX share (``runbooks.database``).
+It is append-only; the state of a run is what its records add up to (``fold``). The world holds the truth: steps observe
+it, so a record that is missing costs a repeated observation and never a repeated effect.
 """
 
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import os
 import secrets
 import socket
-import sqlite3
+import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self, TypeVar
 
+from runbooks import database, keys
+from runbooks.chain import COLUMNS, GENESIS, Link
+from runbooks.database import PATIENCE_S, Database, Execute, SQLite
 from runbooks.errors import Problem, Refused
+from runbooks.records import KINDS, Record, RunOutcome, RunState, StepOutcome, StepState, dumps, fold
+
+__all__ = [
+    "Journal",
+    "Lock",
+    "LockLost",
+    "Process",
+    "Record",
+    "RunOutcome",
+    "RunState",
+    "StepOutcome",
+    "StepState",
+    "fold",
+]
+
+T = TypeVar("T")
+Document = dict[str, Any]
 
 HEARTBEAT_S = 5.0
 # The holder on another machine cannot be looked at: this long without a heartbeat means that it is gone.
 SILENT_S = 60.0
+# The shortest patience with a journal that only one of several commands looks into.
+GLANCE_S = 3.0
+BEFORE = "journal_before"
+"""The table with the records that are older than the chain (SQLite only)."""
+# Who holds a run's fence is what the newest of these says.
+HOLDING = ("run_started", "run_resumed", "run_finished")
+CHANGES_KEPT = 64
 
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS journal (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    run TEXT NOT NULL,
-    wall REAL NOT NULL,
-    mono REAL NOT NULL,
-    kind TEXT NOT NULL,
-    step TEXT,
-    data TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS journal_run ON journal (run, seq);
-CREATE TRIGGER IF NOT EXISTS journal_keeps BEFORE UPDATE ON journal BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER IF NOT EXISTS journal_holds BEFORE DELETE ON journal BEGIN SELECT RAISE(ABORT, 'append-only'); END;
+LOCK = """
 CREATE TABLE IF NOT EXISTS lock (
     environment TEXT PRIMARY KEY,
     run TEXT NOT NULL,
@@ -50,12 +67,8 @@ CREATE TABLE IF NOT EXISTS lock (
     pid_start TEXT NOT NULL,
     since REAL NOT NULL,
     heartbeat REAL NOT NULL
-);
+)
 """
-
-StepOutcome = Literal["ok", "failed", "timed out", "interrupted"]
-# "running" is what the records say; whether its process still lives is a question for the lock.
-RunOutcome = Literal["running", "succeeded", "failed", "refused", "interrupted", "aborted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,115 +108,21 @@ class Lock:
         return f"run {self.run} of {self.process.who} (process {self.process.pid} on {self.process.host}) since {since}"
 
 
+def new_id() -> str:
+    return secrets.token_hex(12)
+
+
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One line of the journal. wall: unix seconds; mono: CLOCK_MONOTONIC seconds of the machine that wrote it."""
+class Entry:
+    """A record to be. id is what it is known by before anyone knows whether it has been written."""
 
-    seq: int
-    run: str
-    wall: float
-    mono: float
     kind: str
-    step: str | None
-    data: dict[str, Any]
-
-
-@dataclass(slots=True)
-class StepState:
-    """What the journal says about one step; times in unix seconds, None while there is none."""
-
-    step: str
-    attempts: int = 0
-    outcome: StepOutcome | None = None
-    started: float | None = None
-    started_mono: float | None = None
-    ended: float | None = None
-    elapsed_s: float | None = None
-    outputs: dict[str, Any] = field(default_factory=dict)
-    says: str = ""
-    changed: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class RunState:
-    """What the journal says about one run."""
-
     run: str
-    runbook: str
-    environment: str
-    inventory: str
-    who: str
-    host: str
-    parameters: dict[str, Any]
-    started: float
-    started_mono: float
-    boot: str
-    steps: dict[str, StepState]
-    left_out: list[str] = field(default_factory=list)
-    state: RunOutcome = "running"
-    reason: str = ""
-    ended: float | None = None
-    ended_mono: float | None = None
-    resumed: int = 0
-    asked: float = 0.0
-
-    @property
-    def outputs(self) -> dict[str, Any]:
-        """The outputs of all successful steps; a later step's wins."""
-        return {k: v for step in self.steps.values() if step.outcome == "ok" for k, v in step.outputs.items()}
-
-    @property
-    def pending(self) -> list[str]:
-        """The steps from the first one that has no successful outcome."""
-        ids = list(self.steps)
-        first = next((i for i, step in enumerate(ids) if self.steps[step].outcome != "ok"), len(ids))
-        return ids[first:]
-
-
-def fold(records: Iterable[Record]) -> RunState:
-    """The state that one run's records add up to. Raises ValueError when they do not begin with its start."""
-    state: RunState | None = None
-    for record in records:
-        data = record.data
-        if state is None:
-            if record.kind != "run_started":
-                raise ValueError(f"the journal of run {record.run} begins with {record.kind}")
-            state = RunState(
-                run=record.run,
-                runbook=data["runbook"],
-                environment=data["environment"],
-                inventory=data["inventory"],
-                who=data["who"],
-                host=data["host"],
-                parameters=data["parameters"],
-                started=record.wall,
-                started_mono=record.mono,
-                boot=data["boot"],
-                steps={step: StepState(step) for step in data["steps"]},
-                left_out=data.get("left_out", []),
-                asked=data.get("asked", record.wall),
-            )
-        elif record.kind == "run_resumed":
-            state.state, state.reason, state.ended, state.ended_mono = "running", "", None, None
-            state.resumed += 1
-            state.left_out = data.get("left_out", state.left_out)
-        elif record.kind == "run_finished":
-            state.state, state.reason = data["state"], data.get("reason", "")
-            state.ended, state.ended_mono = record.wall, record.mono
-        elif record.kind == "step_started" and record.step is not None:
-            step = state.steps[record.step]
-            step.attempts += 1
-            step.started, step.started_mono, step.ended, step.outcome = record.wall, record.mono, None, None
-            step.elapsed_s, step.failures = None, []
-        elif record.kind == "step_finished" and record.step is not None:
-            step = state.steps[record.step]
-            step.outcome, step.ended, step.elapsed_s = data["outcome"], record.wall, data["elapsed_s"]
-            step.outputs, step.says = data.get("outputs", {}), data.get("says", "")
-            step.changed, step.failures = data.get("changed", []), data.get("failures", [])
-    if state is None:
-        raise ValueError("no records")
-    return state
+    step: str | None
+    data: Document
+    fence: int | None
+    door: str
+    id: str = field(default_factory=new_id)
 
 
 class LockLost(Exception):
@@ -211,69 +130,68 @@ class LockLost(Exception):
 
 
 class Journal:
-    """One environment's journal and lock. Safe to use from several threads and processes.
+    """One environment's journal. Safe to use from several threads and processes.
 
-    Raises Problem when the file cannot be opened.
+    location: an SQLite file, the directory it is in, or postgresql://...; directory: where the reports go.
+    Raises Problem when it cannot be opened, and from every method when it is lost and does not come back.
     """
 
-    def __init__(self, directory: Path, environment: str) -> None:
-        self.directory, self.environment = directory, environment
-        self.path = directory / "journal.sqlite"
+    def __init__(
+        self,
+        location: Path | str,
+        environment: str,
+        directory: Path | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self.environment = environment
+        if database.is_url(location):
+            self.directory = directory or state_home() / environment
+            self.location = str(location)
+        else:
+            file = Path(location)
+            file = file if file.suffix == ".sqlite" else file / "journal.sqlite"
+            self.directory = directory or file.parent
+            self.location = str(file)
+        self._db: Database = database.connect(self.location, patience_s=patience_s)
+        self._before = bool(
+            isinstance(self._db, SQLite) and self._db.read("SELECT 1 FROM sqlite_master WHERE name = ?", BEFORE)
+        )
+        if isinstance(self._db, SQLite):
+            self._db.read(LOCK)
+        self._key: Any = None
+        self._public = ""
         self._token: str | None = None
         self._run: str | None = None
-        self._mutex = threading.Lock()
-        try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            directory.chmod(0o700)
-            # Statements outside an explicit transaction commit at once; the mutex is what guards the threads.
-            self._db = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
-            self.path.chmod(0o600)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.executescript(SCHEMA)
-        except (OSError, sqlite3.Error) as error:
-            raise Problem(
-                f"The journal {self.path} cannot be opened ({error})",
-                code="journal-unopenable",
-                next_command=f"ls -ld {directory}",
-            ) from error
+        self._fence: int | None = None
+        self._door = "runbook"
 
     def close(self) -> None:
         self._db.close()
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._mutex:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
 
     # -- the lock
 
     def lock(self) -> Lock | None:
         """Who holds the environment, if anyone."""
-        with self._mutex:
-            return self._lock()
+        return self._lock(self._db.read) if isinstance(self._db, SQLite) else None
 
-    def _lock(self) -> Lock | None:
-        row = self._db.execute(
+    def _lock(self, execute: Execute) -> Lock | None:
+        rows = execute(
             "SELECT environment, run, token, who, host, boot, pid, pid_start, since, heartbeat FROM lock "
             "WHERE environment = ?",
-            (self.environment,),
-        ).fetchone()
-        return None if row is None else Lock(row[0], row[1], row[2], Process(*row[3:8]), row[8], row[9])
+            self.environment,
+        )
+        if not rows:
+            return None
+        environment, run, token, who, host, boot, pid, start, since, heartbeat = rows[0]
+        return Lock(environment, run, token, Process(who, host, boot, pid, start), since, heartbeat)
 
     def refuse_when_busy(self, resuming: str | None = None) -> None:
         """Raises Refused when another run holds the environment, or a dead one does and this is not its resumption."""
-        with self._mutex:
-            self._refuse_when_busy(resuming)
+        self._refuse_when_busy(self._db.read, resuming)
 
-    def _refuse_when_busy(self, resuming: str | None) -> None:
-        held = self._lock()
+    def _refuse_when_busy(self, execute: Execute, resuming: str | None) -> None:
+        held = self._lock(execute)
         if held is None:
             return
         if held.alive():
@@ -287,107 +205,308 @@ class Journal:
                 f"Environment {self.environment} is still locked by {held.describe()}, whose process is gone with its "
                 "work unfinished",
                 code="lock-of-dead-run",
+                touched="What the dead run did stays done, nothing else was touched",
                 next_command=f"runbook resume {held.run}",
             )
 
-    def begin(self, run: str, data: dict[str, Any]) -> None:
-        """Take the lock and record the run's start, in one transaction. Raises Refused."""
-        self._take(run, "run_started", data, resuming=None)
-
-    def take_over(self, run: str, data: dict[str, Any]) -> None:
-        """Take the lock for a run that ended without success, and record it. Raises Refused."""
-        self._take(run, "run_resumed", data, resuming=run)
-
-    def _take(self, run: str, kind: str, data: dict[str, Any], resuming: str | None) -> None:
-        process, token, now = Process.current(), secrets.token_hex(8), time.time()
-        with self._transaction() as db:
-            self._refuse_when_busy(resuming)
-            db.execute(
-                "INSERT OR REPLACE INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    self.environment,
-                    run,
-                    token,
-                    process.who,
-                    process.host,
-                    process.boot,
-                    process.pid,
-                    process.pid_start,
-                    now,
-                    now,
-                ),
-            )
-            self._insert(
-                run,
-                kind,
-                None,
-                {**data, "who": process.who, "host": process.host, "boot": process.boot, "pid": process.pid},
-            )
-        self._run, self._token = run, token
-
     def beat(self) -> None:
         """Show that this process lives. Raises LockLost."""
-        with self._transaction() as db:
-            self._own()
-            db.execute("UPDATE lock SET heartbeat = ? WHERE token = ?", (time.time(), self._token))
 
-    def _own(self) -> None:
-        held = self._lock()
-        if held is None or held.token != self._token:
-            raise LockLost(self._run)
+        def work(execute: Execute) -> None:
+            self._own(execute)
+            execute("UPDATE lock SET heartbeat = ? WHERE token = ?", time.time(), self._token)
+
+        self._db.write(self.environment, work)
+
+    # -- the book of locks
+
+    def book(self) -> tuple[Document | None, int]:
+        """The environment's lock book (None: nobody has written one) and its version."""
+        rows = self._db.read("SELECT document, version FROM book WHERE environment = ?", self.environment)
+        document, version = rows[0] if rows else ("", 0)
+        return (json.loads(document) if document else None), version
+
+    def change_book(
+        self, plan: Callable[[Document | None, float], tuple[Document | None, T]], *, patience_s: float = PATIENCE_S
+    ) -> T:
+        """Change the lock book by a pure function, alone and in one transaction; what the function says besides.
+
+        plan(document, now) gets unix seconds of the database's clock, and returns the new document (None: leave it)
+        and an answer; what it raises leaves all as it was. After a lost connection it may be called again, but never
+        on a book that already holds its own change.
+        """
+        change = secrets.token_hex(8)
+        answers: list[T] = []
+
+        def work(execute: Execute) -> T:
+            rows = execute("SELECT document, version, changes FROM book WHERE environment = ?", self.environment)
+            document, version, changes = rows[0] if rows else ("", 0, "[]")
+            done: list[str] = json.loads(changes)
+            if change in done:
+                return answers[-1]
+            new, answer = plan(json.loads(document) if document else None, self._db.now(execute))
+            if new is not None:
+                values = json.dumps(new), version + 1, json.dumps([*done, change][-CHANGES_KEPT:]), self.environment
+                if rows:
+                    execute("UPDATE book SET document = ?, version = ?, changes = ? WHERE environment = ?", *values)
+                else:
+                    execute("INSERT INTO book (document, version, changes, environment) VALUES (?, ?, ?, ?)", *values)
+            answers.append(answer)
+            return answer
+
+        return self._db.write(self.environment, work, patience_s)
+
+    # -- a run's records
+
+    def begin(self, run: str, data: Document, *, fence: int | None = None, door: str = "runbook") -> None:
+        """Record a run's start and write its records from now on. Raises Refused.
+
+        fence: of the lock that the run holds; without it the journal's own lock is taken, in the same transaction.
+        """
+        self._hold(run, "run_started", data, fence, door)
+
+    def take_over(self, run: str, data: Document, *, fence: int | None = None, door: str = "runbook") -> None:
+        """Go on with a run that ended without success: whoever wrote its records until now no longer can.
+
+        Raises Refused; LockLost when a newer fence than this one has been there.
+        """
+        self._hold(run, "run_resumed", data, fence, door)
+
+    def _hold(self, run: str, kind: str, data: Document, fence: int | None, door: str) -> None:
+        process, token, now, record = Process.current(), secrets.token_hex(8), time.time(), new_id()
+        said = {**data, "who": process.who, "host": process.host, "boot": process.boot, "pid": process.pid}
+
+        def work(execute: Execute) -> int:
+            newest, _ = self._fence_of(execute, run)
+            if self._has(execute, record):
+                return newest
+            if fence is not None and fence <= newest:
+                raise LockLost(run)
+            if fence is None:
+                self._refuse_when_busy(execute, run if kind == "run_resumed" else None)
+                values = self.environment, run, token, *_values(process), now, now
+                execute("INSERT OR REPLACE INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
+            taken = self._next_fence(execute) if fence is None else fence
+            self._insert(execute, Entry(kind, run, None, said, taken, door, record))
+            return taken
+
+        self._fence = self._db.write(self.environment, work)
+        self._run, self._token, self._door = run, token if fence is None else None, door
+
+    def attach(self, run: str, fence: int, door: str = "runbook") -> None:
+        """Write records of a run that another process holds, as long as that process's fence is the newest.
+
+        Raises LockLost when it is not.
+        """
+        self._run, self._fence, self._door, self._token = run, fence, door, None
+        self._own(self._db.read)
+
+    def append(self, kind: str, step: str | None, data: Document) -> None:
+        """Add a record of the run that this process holds; it is durable on return. Raises LockLost."""
+        entry = Entry(kind, str(self._run), step, data, self._fence, self._door)
+
+        def work(execute: Execute) -> None:
+            if not self._has(execute, entry.id):
+                self._own(execute)
+                self._insert(execute, entry)
+
+        self._db.write(self.environment, work)
+
+    def record(self, kind: str, run: str, step: str | None, data: Document, *, door: str = "runbook") -> None:
+        """Add a record of a run, or of none yet, without its lock: approvals, notifications, acknowledgements."""
+        if kind in HOLDING:
+            raise ValueError(f"{kind} is for the holder of the run's lock")
+        entry = Entry(kind, run, step, data, None, door)
+
+        def work(execute: Execute) -> None:
+            if not self._has(execute, entry.id):
+                self._insert(execute, entry)
+
+        self._db.write(self.environment, work)
 
     def finish(self, state: RunOutcome, reason: str = "") -> None:
-        """Record the end of the run and give the lock back. Raises LockLost."""
-        with self._transaction() as db:
-            self._own()
-            self._insert(str(self._run), "run_finished", None, {"state": state, "reason": reason})
-            db.execute("DELETE FROM lock WHERE token = ?", (self._token,))
+        """Record the end of the run (and give the journal's own lock back). Raises LockLost."""
+        entry = Entry("run_finished", str(self._run), None, {"state": state, "reason": reason}, self._fence, self._door)
 
-    def abort(self, run: str, reason: str) -> None:
-        """Give up an unfinished run whose process is gone, and its lock. Raises Refused when it is alive."""
-        with self._transaction() as db:
-            self._refuse_when_busy(resuming=run)
-            self._insert(run, "run_finished", None, {"state": "aborted", "reason": reason})
-            db.execute("DELETE FROM lock WHERE environment = ? AND run = ?", (self.environment, run))
+        def work(execute: Execute) -> None:
+            if self._has(execute, entry.id):
+                return
+            self._own(execute)
+            self._insert(execute, entry)
+            if self._token is not None:
+                execute("DELETE FROM lock WHERE token = ?", self._token)
 
-    # -- the records
+        self._db.write(self.environment, work)
 
-    def append(self, kind: str, step: str, data: dict[str, Any]) -> None:
-        """Add a record of the run whose lock this process holds; it is on disk on return. Raises LockLost."""
-        with self._transaction():
-            self._own()
-            self._insert(str(self._run), kind, step, data)
+    def abort(self, run: str, reason: str, *, fence: int | None = None, door: str = "runbook") -> None:
+        """Give up an unfinished run whose process is gone. Raises Refused when it is alive."""
+        record = new_id()
 
-    def _insert(self, run: str, kind: str, step: str | None, data: dict[str, Any]) -> None:
-        self._db.execute(
-            "INSERT INTO journal (run, wall, mono, kind, step, data) VALUES (?, ?, ?, ?, ?, ?)",
-            (run, time.time(), time.monotonic(), kind, step, json.dumps(data, separators=(",", ":"), default=str)),
+        def work(execute: Execute) -> None:
+            if self._has(execute, record):
+                return
+            if fence is None:
+                self._refuse_when_busy(execute, run)
+                execute("DELETE FROM lock WHERE environment = ? AND run = ?", self.environment, run)
+            taken = self._next_fence(execute) if fence is None else fence
+            data = {"state": "aborted", "reason": reason}
+            self._insert(execute, Entry("run_finished", run, None, data, taken, door, record))
+
+        self._db.write(self.environment, work)
+
+    # -- inside a transaction
+
+    def _has(self, execute: Execute, record: str) -> bool:
+        return bool(execute("SELECT 1 FROM journal WHERE environment = ? AND id = ?", self.environment, record))
+
+    def _fence_of(self, execute: Execute, run: str) -> tuple[int, str]:
+        """The newest fence of a run and which record brought it; 0 when there is none."""
+        rows = execute(
+            "SELECT fence, kind FROM journal WHERE environment = ? AND run = ? AND kind IN (?, ?, ?) "
+            "ORDER BY seq DESC LIMIT 1",
+            self.environment,
+            run,
+            *HOLDING,
         )
+        return rows[0] if rows else (0, "")
+
+    def _next_fence(self, execute: Execute) -> int:
+        rows = execute("SELECT COALESCE(MAX(fence), 0) + 1 FROM journal WHERE environment = ?", self.environment)
+        return int(rows[0][0])
+
+    def _own(self, execute: Execute) -> None:
+        if self._fence is None:
+            raise LockLost(self._run)
+        fence, kind = self._fence_of(execute, str(self._run))
+        if fence != self._fence or kind == "run_finished":
+            raise LockLost(self._run)
+        if self._token is not None:
+            held = self._lock(execute)
+            if held is None or held.token != self._token:
+                raise LockLost(self._run)
+
+    def _insert(self, execute: Execute, entry: Entry) -> None:
+        if entry.kind not in KINDS:
+            raise ValueError(f"{entry.kind} is no kind of record")
+        rows = execute(
+            "SELECT seq, hash FROM journal WHERE environment = ? ORDER BY seq DESC LIMIT 1", self.environment
+        )
+        seq, prev = rows[0] if rows else (0, GENESIS)
+        if not rows and self._before:
+            note = Entry("note", "", None, {"before": history(execute)}, None, entry.door)
+            seq, prev = self._add(execute, note, seq, prev)
+        self._add(execute, entry, seq, prev)
+
+    def _add(self, execute: Execute, entry: Entry, seq: int, prev: str) -> tuple[int, str]:
+        if self._key is None:
+            self._key = keys.journal_key()
+            self._public = keys.public(self._key)
+        link = Link(
+            environment=self.environment,
+            seq=seq + 1,
+            id=entry.id,
+            run=entry.run,
+            wall=time.time(),
+            mono=time.monotonic(),
+            kind=entry.kind,
+            step=entry.step,
+            fence=entry.fence,
+            door=entry.door,
+            data=dumps(entry.data),
+            prev=prev,
+        ).signed(self._key, self._public)
+        marks = ", ".join("?" * len(COLUMNS))
+        execute(
+            f"INSERT INTO journal ({', '.join(COLUMNS)}) VALUES ({marks})",  # noqa: S608 - names of our own columns
+            *(getattr(link, column) for column in COLUMNS),
+        )
+        return link.seq, link.hash
+
+    # -- reading
 
     def records(self, run: str) -> list[Record]:
-        with self._mutex:
-            rows = self._db.execute(
-                "SELECT seq, run, wall, mono, kind, step, data FROM journal WHERE run = ? ORDER BY seq", (run,)
-            ).fetchall()
-        return [
-            Record(seq, name, wall, mono, kind, step, json.loads(data))
-            for seq, name, wall, mono, kind, step, data in rows
-        ]
+        """All records of a run, the oldest first; those older than the chain have positions up to 0."""
+        return _records([*self._older(run), *self._rows("run", run)])
+
+    def records_of(self, *kinds: str) -> list[Record]:
+        """All records of some kinds, of whatever run, the oldest first (none from before the chain)."""
+        return _records(self._rows("kind", *kinds))
+
+    def _rows(self, column: str, *values: str) -> list[database.Row]:
+        return self._db.read(
+            "SELECT seq, run, wall, mono, kind, step, data, fence, door, id, hash, key FROM journal "
+            f"WHERE environment = ? AND {column} IN ({', '.join('?' * len(values))}) ORDER BY seq",
+            self.environment,
+            *values,
+        )
+
+    def _older(self, run: str) -> list[tuple[Any, ...]]:
+        if not self._before:
+            return []
+        return self._db.read(
+            "SELECT seq - (SELECT MAX(seq) FROM journal_before), run, wall, mono, kind, step, data "
+            "FROM journal_before WHERE run = ? ORDER BY seq",
+            run,
+        )
 
     def runs(self) -> list[str]:
         """All runs of the environment, the oldest first."""
-        with self._mutex:
-            rows = self._db.execute("SELECT run FROM journal WHERE kind = 'run_started' ORDER BY seq").fetchall()
-        return [row[0] for row in rows]
+        older = (
+            [
+                run
+                for run, data in self._db.read(
+                    "SELECT run, data FROM journal_before WHERE kind = 'run_started' ORDER BY seq"
+                )
+                if json.loads(data).get("environment") == self.environment
+            ]
+            if self._before
+            else []
+        )
+        rows = self._db.read(
+            "SELECT run FROM journal WHERE environment = ? AND kind = 'run_started' ORDER BY seq", self.environment
+        )
+        return [*older, *(row[0] for row in rows)]
 
     def state(self, run: str) -> RunState:
         """Raises Problem when the run is unknown."""
         records = self.records(run)
-        if not records:
+        if not any(record.kind == "run_started" for record in records):
             raise Problem(
                 f"Environment {self.environment} has no run {run}", code="run-unknown", next_command="runbook runs"
             )
         return fold(records)
+
+    def links(self) -> list[Link]:
+        """The whole chain of the environment, as it is stored."""
+        return read_links(self._db, self.environment)
+
+
+def _records(rows: Iterable[database.Row]) -> list[Record]:
+    return [
+        Record(seq, run, wall, mono, kind, step, json.loads(data), *rest)
+        for seq, run, wall, mono, kind, step, data, *rest in rows
+    ]
+
+
+def read_links(db: Database, environment: str) -> list[Link]:
+    rows = db.read(
+        f"SELECT {', '.join(COLUMNS)} FROM journal WHERE environment = ? ORDER BY seq",  # noqa: S608 - our columns
+        environment,
+    )
+    return [Link(*row) for row in rows]
+
+
+def history(execute: Execute) -> Document:
+    """How many records are older than the chain, and the digest that its first record holds of them."""
+    rows = execute("SELECT seq, run, wall, mono, kind, step, data FROM journal_before ORDER BY seq")
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, separators=(",", ":"), default=repr).encode() + b"\n")
+    return {"records": len(rows), "sha256": digest.hexdigest()}
+
+
+def _values(process: Process) -> tuple[str, str, str, int, str]:
+    return process.who, process.host, process.boot, process.pid, process.pid_start
 
 
 class Heartbeat:
@@ -406,7 +525,7 @@ class Heartbeat:
             except LockLost:
                 self.lost.set()
                 return
-            except sqlite3.OperationalError:
+            except Problem:
                 # A disk that is full or busy for a moment: the next record says so, where it can be reported.
                 continue
 
@@ -441,27 +560,85 @@ def state_home() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "censuschat-infra"
 
 
-def remember(environment: str, directory: Path) -> None:
-    """Note an environment's journal in the operator's state directory."""
-    known = {**known_journals(), environment: directory}
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an environment's journal is, and what this machine knows to judge it by without its inventory."""
+
+    environment: str
+    location: str
+    directory: Path
+    anchors: list[Document] = field(default_factory=list)
+    keys: dict[str, str] = field(default_factory=dict)
+
+    def open(self, patience_s: float = PATIENCE_S) -> Journal:
+        """Raises Problem."""
+        return Journal(self.location, self.environment, self.directory, patience_s=patience_s)
+
+
+def remember(
+    environment: str,
+    directory: Path,
+    location: str | None = None,
+    anchors: Iterable[Document] = (),
+    trusted: Mapping[str, str] | None = None,
+) -> None:
+    """Note an environment's journal in the operator's state directory. trusted: name -> public key."""
     home = state_home()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    known = {place.environment: place for place in _places()}
+    where = location or str(directory / "journal.sqlite")
+    known[environment] = Place(environment, where, directory, list(anchors), dict(trusted or {}))
+    text = json.dumps(
+        {
+            name: {
+                "journal": place.location,
+                "directory": str(place.directory),
+                "anchors": place.anchors,
+                "keys": place.keys,
+            }
+            for name, place in known.items()
+        },
+        indent=1,
+    )
     temporary = home / f".environments.{os.getpid()}"
-    temporary.write_text(json.dumps({k: str(v) for k, v in known.items()}, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(home / "environments.json")
 
 
-def known_journals() -> dict[str, Path]:
-    """Environment -> directory of its journal, of all environments that were worked on from here and still exist."""
+def _places() -> list[Place]:
     try:
         known = json.loads((state_home() / "environments.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return {name: Path(path) for name, path in known.items() if (Path(path) / "journal.sqlite").exists()}
+        return []
+    places = []
+    for name, noted in known.items():
+        if isinstance(noted, str):  # As it was noted before there were other journals than files.
+            places.append(Place(name, str(Path(noted) / "journal.sqlite"), Path(noted)))
+        else:
+            places.append(
+                Place(name, noted["journal"], Path(noted["directory"]), noted.get("anchors", []), noted.get("keys", {}))
+            )
+    return places
+
+
+def known_journals() -> dict[str, Place]:
+    """Environment -> its journal, of all that were worked on from here and (if they are files) still exist."""
+    return {
+        place.environment: place
+        for place in _places()
+        if database.is_url(place.location) or Path(place.location).exists()
+    }
 
 
 def open_known() -> list[Journal]:
-    return [Journal(path, name) for name, path in known_journals().items()]
+    """All journals that are known here; one that cannot be reached is named on stderr and left out."""
+    journals = []
+    for place in known_journals().values():
+        try:
+            journals.append(place.open(GLANCE_S))
+        except Problem as problem:
+            print(f"left out: {problem.what}", file=sys.stderr)
+    return journals
 
 
 def find(run: str | None, journals: Sequence[Journal] | None = None) -> tuple[Journal, str]:
