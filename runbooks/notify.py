@@ -271,6 +271,7 @@ class Notifier:
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outboxes: dict[str, queue.SimpleQueue[tuple[Message, Delivery] | None]] = {}
         self._threads: list[threading.Thread] = []
+        self._own: set[str] = set()
         self._dispatcher: threading.Thread | None = None
         self._hurry, self._closed = threading.Event(), threading.Event()
         self.sent: list[tuple[str, Answer]] = []
@@ -286,9 +287,9 @@ class Notifier:
         """
         if not self.configuration.receivers:
             return
-        self._begin(lambda: self._intend(name, cast("Severity | None", severity), text, key, next_command))
         if name == "resumed":
             self.settle()
+        self._begin(lambda: self._intend(name, cast("Severity | None", severity), text, key, next_command))
 
     def settle(self, abandoned: Callable[[Delivery], bool] = lambda _: True) -> None:
         """Take up deliveries that a process which is gone did not finish."""
@@ -350,7 +351,7 @@ class Notifier:
     def _settle(self, abandoned: Callable[[Delivery], bool]) -> None:
         for delivery in deliveries(self._journal.records(self._run)).values():
             receiver = self.configuration.receivers.get(delivery.receiver)
-            if receiver is None or delivery.attempt >= 2 * ATTEMPTS:
+            if receiver is None or delivery.attempt >= 2 * ATTEMPTS or delivery.claim in self._own:
                 continue
             attempt = next_attempt(delivery, receiver.deduplicates, abandoned(delivery))
             if attempt == "unknown":
@@ -361,6 +362,7 @@ class Notifier:
     def _claim(self, receiver: Receiver, data: Mapping[str, Any], attempt: int) -> None:
         """Write the intent; when nobody was faster, send."""
         token = secrets.token_hex(6)
+        self._own.add(token)
         self._journal.record("notify_intended", self._run, None, {**data, "attempt": attempt, "claim": token})
         place = (data["key"], receiver.name)
         own = deliveries(self._journal.records(self._run))[place]
