@@ -467,6 +467,13 @@ class Journal:
         )
         return [*older, *(row[0] for row in rows)]
 
+    def changed(self, after: int) -> tuple[int, set[str]]:
+        """The position of the newest record, and the runs that have records after a position: for who looks often."""
+        rows = self._db.read(
+            "SELECT run, MAX(seq) FROM journal WHERE environment = ? AND seq > ? GROUP BY run", self.environment, after
+        )
+        return max([after, *(seq for _, seq in rows)]), {run for run, _ in rows}
+
     def state(self, run: str) -> RunState:
         """Raises Problem when the run is unknown."""
         records = self.records(run)
