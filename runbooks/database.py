@@ -279,7 +279,15 @@ class PostgreSQL(Database):
 
                 with connection.transaction():
                     return work(execute)
-            except (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.ReadOnlySqlTransaction) as error:
+            except psycopg.Error as error:
+                lost = isinstance(error, (psycopg.OperationalError, psycopg.errors.ReadOnlySqlTransaction))
+                if not lost and self._db is not None and not self._db.closed:
+                    raise Problem(
+                        f"The journal {self.shown} cannot be used ({_said(error)})",
+                        code="journal-unusable",
+                        touched="What was done so far stays done",
+                        next_command=f"psql '{self.shown}' -c '\\dp runbooks.*'",
+                    ) from None
                 self._drop()
                 if time.monotonic() + RETRY_S > deadline:
                     raise Problem(
@@ -289,13 +297,6 @@ class PostgreSQL(Database):
                         next_command=f"psql '{self.shown}' -c 'SELECT 1'",
                     ) from None
                 time.sleep(RETRY_S)
-            except psycopg.Error as error:
-                raise Problem(
-                    f"The journal {self.shown} cannot be used ({_said(error)})",
-                    code="journal-unusable",
-                    touched="What was done so far stays done",
-                    next_command=f"psql '{self.shown}' -c '\\dp runbooks.*'",
-                ) from None
 
     def _drop(self) -> None:
         db, self._db = self._db, None
