@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("runbooks.commands.plan", "what a runbook would change, on what, and how long it takes"),
     "approve": ("runbooks.commands.approve", "approve a plan with your own key"),
     "keys": ("runbooks.commands.keys", "make and show signing keys"),
+    "docs": ("runbooks.commands.docs", "the documentation page of a runbook"),
+    "generate": ("runbooks.commands.generate", "write what the definitions yield: playbooks, pages, AWX objects"),
+    "notify": ("runbooks.commands.notify", "test receivers, say again what nobody acknowledged, acknowledge"),
+    "serve": ("runbooks.commands.serve", "the console: history and live progress in a browser"),
     "report": ("runbooks.commands.report", "measure again and write the report of a run"),
 }
 """Name -> module and help. A module has ``arguments(parser)`` and ``main(arguments) -> exit code``."""

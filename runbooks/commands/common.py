@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from runbooks.journal import Journal
 
 
-def add_runbook(parser: argparse.ArgumentParser) -> None:
-    _completed(parser.add_argument("name", metavar="RUNBOOK"), _runbooks)
+def add_runbook(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    _completed(parser.add_argument("name", metavar="RUNBOOK", nargs=None if required else "?"), _runbooks)
 
 
 def add_inventory(parser: argparse.ArgumentParser, text: str = "the environment") -> None:
