@@ -13,7 +13,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 ADDRESS = "127.0.0.1"
 PORT = 15000
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.aws", description="The lab's AWS: a moto server.")
     parser.add_argument("--address", type=loopback, default=ADDRESS)
     parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--trail", type=Path, help="file that keeps the requests that change something")
     arguments = parser.parse_args(argv)
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -64,10 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from werkzeug.serving import make_server
 
     from lab.aws_eks import EksOverlay
+    from lab.aws_trail import Trail
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     try:
-        application = EksOverlay(DomainDispatcherApplication(create_backend_app))
+        application: Any = EksOverlay(DomainDispatcherApplication(create_backend_app))
+        if arguments.trail:
+            application = Trail(application, arguments.trail)
         server = make_server(arguments.address, arguments.port, application, threaded=True)
     except (OSError, SystemExit) as error:
         print(f"error: {arguments.address}:{arguments.port} cannot be bound: {error}", file=sys.stderr)

@@ -56,6 +56,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from lab import aws, dns, images, packages, processes
 from lab.module import INVENTORY_AND_STATE, PRESENT_NEEDS_INVENTORY, answer, described
+from lab.paths import STATE
 
 
 def bring(module: AnsibleModule) -> dict[str, Any]:
@@ -66,7 +67,11 @@ def bring(module: AnsibleModule) -> dict[str, Any]:
         return {"actions": [f"end {name}" for name in alive]}
     wanted = [
         packages.service(described(module).operator, images.find_mirror()),
-        processes.Service("aws", (sys.executable, "-m", "lab.aws"), (aws.ADDRESS, aws.PORT)),
+        processes.Service(
+            "aws",
+            (sys.executable, "-m", "lab.aws", "--trail", str(STATE / "log" / "aws.jsonl")),
+            (aws.ADDRESS, aws.PORT),
+        ),
         processes.Service("dns", (sys.executable, "-m", "lab.dns"), (dns.ADDRESS, dns.PORT)),
     ]
     missing = processes.plan(wanted, alive)
