@@ -38,6 +38,9 @@ SEND_S = 15.0
 TEXT = 500
 """Characters of a text that are sent and kept; the journal has the whole story."""
 
+SECRET = 8
+"""Characters below which a secret is none, and could be a part of any word."""
+
 ROUTES: Mapping[str, tuple[str, ...]] = {
     "critical": ("pagerduty", "slack", "sms"),
     "high": ("pagerduty", "slack"),
@@ -425,7 +428,8 @@ class Notifier:
         """Short, and without the receivers' own secrets."""
         for receiver in self.configuration.receivers.values():
             for secret in receiver.secrets():
-                text = text.replace(secret, "***")
+                if len(secret) >= SECRET:
+                    text = text.replace(secret, "***")
         text = text.strip()
         return text if len(text) <= TEXT else text[: TEXT - 3] + "..."
 

@@ -17,7 +17,7 @@ import pytest
 
 from runbooks import notify, receivers
 from runbooks.notify import Configuration, Notifier, configuration, deliveries, next_attempt, severity_of
-from runbooks.receivers import Answer, ConfigurationError, Message, Severity
+from runbooks.receivers import ConfigurationError, Message, Severity
 from tests.unit.runbook.post_office import accepted, closed_port, dripping, office, ok
 from tests.unit.runbook.world import World
 
@@ -56,6 +56,13 @@ def outcomes(world: World) -> dict[tuple[str, str], str | None]:
 
 # -- severities and routes
 
+ALL: dict[str, dict[str, Any]] = {
+    "slack": {"webhook": "https://hooks.slack.com/services/x"},
+    "pagerduty": {"routing_key": "x"},
+    "email": {"server": "mail.example.com", "from": "a@example.com", "to": ["b@example.com"]},
+    "sms": {"numbers": ["+15550100"], "region": "us-east-1"},
+}
+
 
 @pytest.mark.parametrize(
     ("event", "runbook", "severity", "told"),
@@ -78,21 +85,8 @@ def test_severity_and_routes_follow_the_specification(
     event: str, runbook: Severity, severity: str, told: list[str]
 ) -> None:
     assert severity_of(event, runbook) == severity
-    every = Configuration(receivers={name: _Named(name) for name in receivers.NAMES})
+    every = Configuration(receivers={name: receivers.make(name, given) for name, given in ALL.items()})
     assert [r.name for r in every.receivers_for(event, severity_of(event, runbook))] == told
-
-
-class _Named:
-    def __init__(self, name: str) -> None:
-        self.name = name  # type: ignore[misc]
-
-    deduplicates = False
-
-    def send(self, message: Message) -> Answer:
-        raise AssertionError(message)
-
-    def secrets(self) -> tuple[str, ...]:
-        return ()
 
 
 # -- what receivers get

@@ -1,0 +1,239 @@
+"""What nobody acknowledges is said again: when, how often, and once also from two machines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runbooks import escalation
+from runbooks.escalation import due, matter
+from runbooks.journal import Journal, Record
+from tests.unit.runbook.place import ROOT, Place, make_place
+from tests.unit.runbook.post_office import Office, accepted, office
+from tests.unit.runbook.world import World, start
+
+RUN = "20261121-180000-paint-ab12"
+
+
+def record(seq: int, kind: str, **data: Any) -> Record:
+    return Record(
+        seq, RUN, 1000.0 * seq, 0.0, kind, None, data, fence=1 if kind.startswith(("run_", "step_")) else None
+    )
+
+
+STARTED = record(1, "run_started")
+FAILED = record(3, "run_finished", state="failed", reason="the bucket has a hole")
+
+
+@pytest.mark.parametrize(
+    ("records", "shown", "severity", "superseded", "wanted"),
+    [
+        ([STARTED], "running", "critical", False, None),
+        ([STARTED, FAILED], "failed", "critical", False, ("failed:3", 3000.0, "the bucket has a hole")),
+        ([STARTED, FAILED], "failed", "high", False, None),
+        ([STARTED, FAILED], "failed", "critical", True, None),
+        ([STARTED, FAILED, record(4, "acknowledged")], "failed", "critical", False, None),
+        (
+            [STARTED, record(2, "acknowledged"), FAILED],
+            "failed",
+            "critical",
+            False,
+            ("failed:3", 3000.0, "the bucket has a hole"),
+        ),
+        (
+            [STARTED, record(2, "step_started"), record(9, "notify_done")],
+            "dead",
+            "low",
+            False,
+            ("dead:1", 2000.0, "its process is gone with its work unfinished"),
+        ),
+        (
+            [STARTED, record(3, "run_finished", state="waiting")],
+            "waiting",
+            "low",
+            False,
+            ("waiting:3", 3000.0, "it waits for an approval"),
+        ),
+        (
+            [STARTED, record(3, "run_finished", state="waiting"), record(5, "approval_given")],
+            "waiting",
+            "low",
+            False,
+            ("waiting:3", 5000.0, "it waits for an approval"),
+        ),
+        ([STARTED, record(3, "run_finished", state="succeeded")], "succeeded", "critical", False, None),
+        ([record(1, "approval_given")], "waiting", "critical", False, None),
+    ],
+)
+def test_what_a_run_waits_for(
+    records: list[Record], shown: str, severity: str, superseded: bool, wanted: tuple[str, float, str] | None
+) -> None:
+    found = matter(records, shown, severity, superseded)
+    assert (None if found is None else (found.key, found.since, found.what)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("waited", "number"),
+    [(0, 0), (899, 0), (900, 1), (1799, 1), (1800, 2), (3600, 4), (10 * 3600, 4), (24 * 3600 + 3601, 0), (-50, 0)],
+)
+def test_when_an_escalation_is_due(waited: float, number: int) -> None:
+    assert due(1_000_000.0, 1_000_000.0 + waited, 900, 4) == number
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with World.made(tmp_path) as made:
+        made.begin(RUN, "no-such-runbook")
+        made.journal.finish("failed", "the bucket has a hole")
+        yield made
+
+
+@pytest.fixture
+def pages(world: World) -> Iterator[Office]:
+    with office(accepted) as place:
+        world.notifications = {"pagerduty": {"routing_key": "k", "url": place.url}}
+        yield place
+
+
+def look(world: World, after_s: float) -> int:
+    return len(escalation.escalate(world.journal, world.environment, 5, lambda: time.time() + after_s))
+
+
+def test_each_escalation_is_said_once_however_often_the_timer_looks(world: World, pages: Office) -> None:
+    assert [look(world, after) for after in (10, 890, 905, 910, 1805, 1810)] == [0, 0, 1, 1, 1, 1]
+    assert len(pages.got) == 2
+    assert pages.got[0]["body"]["payload"]["custom_details"]["next"] == f"runbook notify ack {RUN}"
+    assert "for 15 min: the bucket has a hole" in pages.got[0]["body"]["payload"]["custom_details"]["what"]
+    assert pages.got[0]["body"]["dedup_key"] == f"unit/{RUN}"
+
+
+def test_acknowledged_matter_is_quiet(world: World, pages: Office) -> None:
+    world.journal.record("acknowledged", RUN, None, {"name": "ada"})
+    assert look(world, 1000) == 0
+    assert pages.got == []
+
+
+def test_what_was_not_sent_is_sent_by_the_timer(world: World) -> None:
+    """The network was away when the run failed."""
+    with office(lambda n: (400, {}, b"") if n == 1 else accepted(n)) as place:
+        world.notifications = {"pagerduty": {"routing_key": "k", "url": place.url}}
+        notifier = world.notifier(RUN)
+        notifier.event("failed", None, "x")
+        notifier.close()
+        look(world, 30)
+        assert len(place.got) == 1, "its sender may be at it still"
+        look(world, 70)
+        look(world, 80)
+        assert [g["body"]["event_action"] for g in place.got] == ["trigger", "trigger"]
+
+
+LOOK = """
+import sys, time
+from pathlib import Path
+from runbooks import escalation
+from tests.unit.runbook.world import World, start
+with World.made(Path(sys.argv[1]), {parts}) as world:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    escalation.escalate(world.journal, world.environment, 5, lambda: time.time() + 905)
+"""
+
+
+def test_two_machines_at_once_say_it_once(world: World, pages: Office, tmp_path: Path) -> None:
+    code = LOOK.format(parts=repr(world.notifications))
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    children = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write("\n")
+        child.stdin.close()
+    for child in children:
+        assert child.wait(20) == 0
+        assert child.stdout is not None
+        child.stdout.close()
+    assert len(pages.got) == 1
+
+
+# -- as a person meets it
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return make_place(tmp_path)
+
+
+def inventory(place: Place, notifications: str) -> str:
+    path = place.directory / "inventory.yml"
+    text = (ROOT / "tests/unit/runbook/inventory.yml").read_text()
+    path.write_text(text + f"    runbook_notifications: {notifications}\n")
+    return str(path)
+
+
+def test_commands(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("canary-4711")
+    with office(accepted) as pages:
+        own = inventory(
+            place, f"{{pagerduty: {{routing_key_file: '{tmp_path}/key', url: '{pages.url}'}}, escalate_after_s: 0.001}}"
+        )
+        done = place.command("notify", "test", "-i", own)
+        assert (done.returncode, done.stdout.split()) == (0, ["pagerduty", "sent"]), done.stderr
+        assert [g["body"]["event_action"] for g in pages.got] == ["trigger", "resolve"]
+        pages.got.clear()
+        with contextlib.closing(Journal(tmp_path / "runs", "unit")) as journal:
+            journal.begin(RUN, {**start("no-such-runbook"), "environment": "unit"}, fence=1)
+            journal.finish("failed", "the bucket has a hole")
+        done = place.command("notify", "escalate", "-i", own, "--json")
+        assert done.returncode == 0, done.stderr
+        done = place.command("notify", "ack", RUN[:20], "--as", "ada", "-i", own)
+        assert (done.returncode, done.stdout) == (0, f"ada looks after {RUN}: nobody else is called for it\n")
+        assert place.command("notify", "escalate", "-i", own).stdout == ""
+        told = [g["body"] for g in pages.got]
+        assert "canary-4711" not in done.stdout + done.stderr
+        (tmp_path / "key").unlink()
+        assert b"canary-4711" not in place.everything()
+        assert [(t["event_action"], t["dedup_key"]) for t in told] == [
+            ("trigger", f"unit/{RUN}"),
+            ("acknowledge", f"unit/{RUN}"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("words", "notifications", "sentence"),
+    [
+        (["test"], "{}", "names no receiver"),
+        (["test"], "{slack: {webhook: 'ftp://canary-4711'}}", "slack: webhook is not an https:// address"),
+        (["test"], '{slack: {webhook: "{{ no_such }}"}}', "runbook_notifications.slack cannot be read"),
+        (["test"], "{slack: {webhook: 'http://127.0.0.1:1/canary-4711'}}", "1 of 1 receivers were not told (slack"),
+        (["ack", "event:nothing"], "{}", "The journal knows no event:nothing"),
+    ],
+)
+def test_bad_input_is_exit_2_and_one_sentence(
+    place: Place, words: list[str], notifications: str, sentence: str
+) -> None:
+    done = place.command("notify", *words, "-i", inventory(place, notifications))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "canary-4711" not in done.stderr + done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_environment_must_be_said(place: Place) -> None:
+    assert place.command("notify", "escalate").returncode == 2
