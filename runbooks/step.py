@@ -34,6 +34,10 @@ class Result:
     changed: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
 
+    def text(self) -> str:
+        """The failures in plain words, one a host."""
+        return "; ".join(": ".join(p for p in (f["host"], f["task"], f["message"]) if p) for f in self.failures)
+
 
 @dataclass(slots=True)
 class Activity:
@@ -58,6 +62,7 @@ class PlaybookProcess:
         self._events = Events()
         self._cancelled = threading.Event()
         self._on_activity: Callable[[Activity], None] = lambda _: None
+        self._on_event: Callable[[Mapping[str, Any]], None] = lambda _: None
         self._started: float | None = None
         self._timeout_s = timeout_s
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -95,6 +100,7 @@ class PlaybookProcess:
             self._status = error
 
     def _event(self, event: dict[str, Any]) -> bool:
+        self._on_event(event)
         activity = self._events.take(event)
         if activity is not None:
             self._on_activity(activity)
@@ -112,15 +118,16 @@ class PlaybookProcess:
         environment: Mapping[str, str] = MappingProxyType({}),
         options: Sequence[str] = (),
         on_activity: Callable[[Activity], None],
+        on_event: Callable[[Mapping[str, Any]], None] = lambda _: None,
         interrupted: Callable[[], bool],
     ) -> Result:
         """Let the playbook go and wait for it.
 
         variables: its extra variables, passed in a file. leave_out: hosts that do not answer. environment: what its
-        callback needs to know (RUNBOOK_*; no secrets). options: more words for ansible-playbook. interrupted: asked
-        all the time; when it says so, the playbook is ended.
+        callback needs to know (RUNBOOK_*; no secrets). options: more words for ansible-playbook. on_event: is given
+        each of ansible-runner's events. interrupted: asked all the time; when it says so, the playbook is ended.
         """
-        self._on_activity = on_activity
+        self._on_activity, self._on_event = on_activity, on_event
         extra = self._directory / "variables.json"
         extra.touch(mode=0o600)
         extra.write_text(json.dumps(dict(variables)), encoding="utf-8")
