@@ -83,6 +83,29 @@ def report(data: Mapping[str, Any], *, console: Mapping[str, Any] | None = None)
     )
 
 
+def home(data: Mapping[str, Any]) -> str:
+    """The console's page of all runs."""
+    template = _templates().get_template("home.html.j2")
+    return template.render(h=data, style=_markup(asset("style.css")), policy=policy(console=True))
+
+
+def message(title: str, text: str, command: str = "", *, link: str = "", forward: str = "") -> str:
+    """A page that says one thing: forward goes on to a path by itself, link offers it, command is what to run next."""
+    return (
+        _templates()
+        .get_template("message.html.j2")
+        .render(
+            title=title,
+            text=text,
+            next=command,
+            link=link,
+            forward=forward,
+            style=_markup(asset("style.css")),
+            policy=policy(console=True),
+        )
+    )
+
+
 def _markup(text: str) -> Any:
     import markupsafe
 
@@ -114,8 +137,9 @@ def changes(step: Mapping[str, Any], running: bool) -> list[dict[str, Any]]:
 def chart(data: Mapping[str, Any]) -> dict[str, Any]:
     """The timeline as percentages of its whole width: a lane a step with a bar an attempt, and marks."""
     clock = _wall_of_ledger(data)
-    times = [data["ended"] or data["made"], *clock.values(), *(e["at"] for e in data["timeline"])]
-    begin, end = min([data["asked"], *clock.values()]), max(times)
+    begin = min([data["asked"], *clock.values()])
+    # What came after the run (somebody acknowledged it in the morning) is no part of its time.
+    end = max([data["ended"] or _heard(data), data["started"], *clock.values()])
     span = max(end - begin, 0.001)
 
     def at(moment: float) -> float:
@@ -165,6 +189,14 @@ def chart(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 KINDS = {"ok": "ok", "running": "running", "interrupted": "warn", "died": "died"}
+
+
+def _heard(data: Mapping[str, Any]) -> float:
+    """Until when a run without an end was heard of."""
+    if data["shown_state"] == "running":
+        return float(data["made"])
+    own = ("run_started", "run_resumed", "step_started", "step_finished", "undo_started", "undo_finished")
+    return float(max((e["at"] for e in data["timeline"] if e["kind"] in own), default=data["started"]))
 
 
 def _died(data: Mapping[str, Any], started: float, end: float) -> float:

@@ -17,8 +17,12 @@ from runbooks import errors, ledger, outlook, story
 from runbooks.definition import Definition
 from runbooks.environment import Environment
 from runbooks.errors import Problem
-from runbooks.journal import Journal, RunState
+from runbooks.journal import Journal, Record, RunState
 from runbooks.progress import given
+
+
+PLAN = "plan:"
+"""Records about a plan are those of a run of this name and the plan's hash."""
 
 
 def build(
@@ -34,7 +38,7 @@ def build(
     definition, environment: None when they cannot be had any more. measure: read the clients' ledgers.
     """
     state = journal.state(run)
-    told = story.tell(journal.records(run))
+    told = story.tell(_records(journal, run))
     shown = outlook.shown_state(journal, state)
     measured, why_not = _figures(journal, state, environment) if measure else (None, "the run has not ended")
     figures = _summary(measured, state)
@@ -76,6 +80,7 @@ def build(
         "next": outlook.next_command(journal, state, shown),
         "timeline": [asdict(event) for event in told.timeline],
         "plan": told.plan,
+        "authority": told.authority,
         "approvals": told.approvals,
         "emergencies": told.emergencies,
         "windows": told.windows,
@@ -87,6 +92,13 @@ def build(
         "paths": {"html": str(directory / "report.html"), "json": str(directory / "report.json")},
         "made": now,
     }
+
+
+def _records(journal: Journal, run: str) -> list[Record]:
+    """The run's records, and those of the plan that it carries out: its making and its approvals."""
+    records = journal.records(run)
+    plan = next((r.data.get("plan") for r in records if r.kind == "run_started"), None)
+    return sorted([*(journal.records(PLAN + plan) if plan else []), *records], key=lambda record: record.seq)
 
 
 def definition_of(runbook: str) -> tuple[Definition | None, str]:
@@ -176,7 +188,7 @@ def verdict(state: RunState, checks: list[dict[str, Any]], why_not: str, shown: 
         "aborted": ("warn", "Given up."),
     }
     level, text = texts.get(shown, ("warn", f"{shown.capitalize()}."))
-    return {"level": level, "text": f"{text} {state.reason}".strip()}
+    return {"level": level, "text": f"{text} {state.reason[:1].upper()}{state.reason[1:]}".strip()}
 
 
 def _at_step(state: RunState) -> str:

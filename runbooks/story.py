@@ -78,6 +78,8 @@ class Story:
     timeline: list[Event] = field(default_factory=list)
     steps: dict[str, StepStory] = field(default_factory=dict)
     plan: dict[str, Any] | None = None
+    authority: dict[str, Any] = field(default_factory=dict)
+    """What the run began by: the plan's hash, whose approvals counted, how many were needed, whether none was asked."""
     approvals: list[dict[str, Any]] = field(default_factory=list)
     emergencies: list[dict[str, Any]] = field(default_factory=list)
     holders: list[dict[str, Any]] = field(default_factory=list)
@@ -116,6 +118,12 @@ def _unknown(story: Story, record: Record, data: Data) -> Told:
 
 def _started(story: Story, record: Record, data: Data) -> Told:
     _holder(story, record, data, "started")
+    story.authority = {
+        "plan": data.get("plan"),
+        "approvals": data.get("approvals") or [],
+        "needed": data.get("approvals_needed"),
+        "lifted": bool(data.get("approvals_lifted")),
+    }
     door = story.holders[-1]["door"]
     return f"Run started{f' by {door}' if door else ''}, by {_who(data)}", ""
 
@@ -251,9 +259,15 @@ def _plan_made(story: Story, record: Record, data: Data) -> Told:
 
 def _approval_given(story: Story, record: Record, data: Data) -> Told:
     story.approvals.append(
-        {**_filled(data, "plan", "name", "key"), "at": record.wall, "expires": _moment(data.get("expires"))}
+        {
+            **_filled(data, "plan", "name", "key", "step"),
+            "at": record.wall,
+            "expires": _moment(data.get("expires")),
+            "door": getattr(record, "door", None),
+        }
     )
-    return f"Approved by {data.get('name', 'somebody')}: plan {hashed(data.get('plan'))}", "good"
+    what = f"step {data['step']}" if data.get("step") else f"plan {hashed(data.get('plan'))}"
+    return f"Approved by {data.get('name', 'somebody')}: {what}", "good"
 
 
 def _emergency_declared(story: Story, record: Record, data: Data) -> Told:
@@ -279,25 +293,30 @@ def _window_checked(story: Story, record: Record, data: Data) -> Told:
 
 
 def _notify_intended(story: Story, record: Record, data: Data) -> Told:
-    story.notifications.append(_message(record, data))
+    known = _known(story, data)
+    if known is None:
+        story.notifications.append(_message(record, data))
+    elif (data.get("attempt") or 1) > (known["attempt"] or 1):
+        known.update(attempt=data["attempt"], claim=data.get("claim"), at=record.wall, done=None, outcome=None)
+    # Otherwise another process was faster with the same attempt, and this one sends nothing.
     return "", ""
 
 
+def _known(story: Story, data: Data) -> dict[str, Any] | None:
+    """The message about the same event to the same receiver."""
+    same = ("key", "receiver")
+    return next((n for n in reversed(story.notifications) if all(n[key] == data.get(key) for key in same)), None)
+
+
 def _message(record: Record, data: Data) -> dict[str, Any]:
-    keys = ("event", "severity", "receiver", "key", "text")
+    keys = ("event", "severity", "receiver", "key", "text", "attempt", "claim")
     return {**_filled(data, *keys), "at": record.wall, "done": None, "outcome": None, "detail": ""}
 
 
 def _notify_done(story: Story, record: Record, data: Data) -> Told:
-    same = ("key", "receiver")
-    message = next(
-        (
-            n
-            for n in reversed(story.notifications)
-            if n["done"] is None and all(n.get(key) == data.get(key) for key in same)
-        ),
-        None,
-    )
+    message = _known(story, data)
+    if message is not None and message["claim"] != data.get("claim"):
+        return "", ""
     if message is None:
         message = _message(record, data)
         story.notifications.append(message)
