@@ -1,6 +1,6 @@
 """What the lab's AWS was asked to change, as CloudTrail would have it: one JSON line a request, on disk before it acts.
 
-``{"t": monotonic seconds, "wall": unix seconds, "method": ..., "path": ..., "target": ..., "body": ...}``. Requests that
+``{"t": monotonic seconds, "wall": unix seconds, "method", "path", "target", "body"}``. Requests that
 only read are left out, and so is what may hold a secret: headers, and all bodies but those of Route 53.
 """
 
