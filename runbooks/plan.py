@@ -534,7 +534,7 @@ def policy_of(definition: Definition, environment: Environment) -> Policy:
         ) from None
 
 
-def given(journal: Journal, trusted: Collection[str]) -> list[Approval]:
+def approvals_in(journal: Journal, trusted: Collection[str]) -> list[Approval]:
     """The approvals in the journal, the oldest first. trusted: the keys whose records count as written by ourselves."""
     records = journal.records_of("approval_given")
     genuine: set[str] = set()
@@ -548,7 +548,7 @@ def given(journal: Journal, trusted: Collection[str]) -> list[Approval]:
 
 def judged(journal: Journal, environment: Environment, subject: Subject, policy: Policy, *, who: str) -> Judgement:
     """What the journal's approvals add up to for the subject. who: the one who runs it."""
-    found = given(journal, set(environment.journal_keys.values()))
+    found = approvals_in(journal, set(environment.journal_keys.values()))
     own = {keys.public(keys.load(name)) for name in keys.names() if name != keys.JOURNAL} if policy.another else set()
     mine = [approval for approval in found if approval.subject == subject]
     return approvals.judge(mine, subject, policy, now=time.time(), who=who, own=own, verify=keys.verify)
