@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from runbooks import approvals, keys
 from runbooks.approvals import Approval, Judgement, Policy, Subject
-from runbooks.engine import Interrupted, Warm, failure_text
 from runbooks.environment import ROOT
 from runbooks.errors import Problem, Refused, one_line
 from runbooks.redact import Shown, differences, redact
@@ -312,18 +311,6 @@ def read(data: Mapping[str, Any]) -> Plan:
 # -- making one
 
 
-class Together(Warm):
-    """All processes warm up at once: a plan has them all to itself and nothing to leave the machine to."""
-
-    def _warm_up(self) -> None:
-        while not self._closed.is_set():
-            with self._mutex:
-                if self._waiting:
-                    self._ready.append(self._make(*self._waiting.pop(0)))
-                    continue
-            self._closed.wait(0.05)
-
-
 class Watch:
     """Collects the changes that a step's events tell of."""
 
@@ -404,6 +391,8 @@ def _check(
     outputs: Mapping[str, Any],
     hidden: Collection[str],
 ) -> tuple[StepPlan, dict[str, Any]]:
+    from runbooks.engine import Interrupted, failure_text
+
     watch = Watch(hidden)
     process = session.warm.take(step.playbook, step.timeout_s)
     try:

@@ -19,6 +19,7 @@ from runbooks.commands.common import (
 if TYPE_CHECKING:
     from runbooks.approvals import Policy
     from runbooks.cli import Parser
+    from runbooks.engine import Warm
     from runbooks.plan import Plan
 
 
@@ -26,6 +27,22 @@ def arguments(parser: Parser) -> None:
     add_runbook(parser)
     add_inventory(parser)
     add_parameters(parser)
+
+
+def _together() -> type[Warm]:
+    """Processes that all warm up at once: a plan has nothing running that the machine should be left to."""
+    from runbooks.engine import Warm
+
+    class Together(Warm):
+        def _warm_up(self) -> None:
+            while not self._closed.is_set():
+                with self._mutex:
+                    if self._waiting:
+                        self._ready.append(self._make(*self._waiting.pop(0)))
+                        continue
+                self._closed.wait(0.05)
+
+    return Together
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -37,7 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
     given = given_parameters(arguments)
     inventory = given_inventory(arguments)
     run = f"plan-{engine.new_run(runbook)}"
-    warm = plan.Together(run, inventory)
+    warm = _together()(run, inventory)
     quiet = arguments.json or not sys.stderr.isatty()
     with engine.signals() as stop:
         try:
