@@ -7,7 +7,6 @@ another one.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
@@ -23,13 +22,14 @@ from runbooks import approvals, keys
 from runbooks.approvals import Approval, Judgement, Policy, Subject
 from runbooks.environment import ROOT
 from runbooks.errors import Problem, Refused, one_line
-from runbooks.redact import Shown, differences, redact
+from runbooks.redact import HIDDEN, Shown, differences, redact
+from runbooks.session import Interrupted, Session
 
 if TYPE_CHECKING:
     from runbooks.definition import Definition, Step
-    from runbooks.engine import Request, Session
     from runbooks.environment import Environment
     from runbooks.journal import Journal
+    from runbooks.request import Request
 
 FORMAT = 1
 PSEUDO = "plan:"
@@ -345,8 +345,7 @@ def make(
     Raises Interrupted.
     """
     began = time.monotonic()
-    public, hidden = parameters(request.definition, request.parameters)
-    session.warm.plan((step.playbook, step.timeout_s) for step in request.definition.steps)
+    hidden = [str(value) for value in request.secrets.values()]
     steps: list[StepPlan] = []
     outputs: dict[str, Any] = {}
     ended = False
@@ -370,7 +369,7 @@ def make(
     return Plan(
         runbook=request.definition.name,
         environment=request.environment.name,
-        parameters=public,
+        parameters={**request.parameters, **dict.fromkeys(request.secrets, HIDDEN)},
         left_out=tuple(sorted(request.left_out)),
         files=files(request.definition),
         code=code(),
@@ -391,8 +390,6 @@ def _check(
     outputs: Mapping[str, Any],
     hidden: Collection[str],
 ) -> tuple[StepPlan, dict[str, Any]]:
-    from runbooks.engine import Interrupted, failure_text
-
     watch = Watch(hidden)
     process = session.warm.take(step.playbook, step.timeout_s)
     try:
@@ -410,17 +407,10 @@ def _check(
         raise Interrupted
     obstacle = None
     if result.outcome != "ok":
-        obstacle = Obstacle(step.gate, one_line(redact(failure_text(result.failures), hidden)))
+        obstacle = Obstacle(step.gate, one_line(redact(result.text(), hidden)))
     changes = sorted(watch.changes, key=lambda c: (c.task, *c.place, c.digest))
     says = one_line(redact(result.says, hidden))
     return replace(planned, changes=tuple(changes), says=says, obstacle=obstacle), result.outputs
-
-
-def parameters(definition: Definition, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """What of the parameters a plan may hold, and the values that nothing of it may."""
-    secret = {name for name, parameter in definition.parameters.items() if parameter.secret}
-    shown = {name: "(secret)" if name in secret else value for name, value in values.items()}
-    return shown, [str(values[name]) for name in secret if name in values]
 
 
 def files(definition: Definition) -> dict[str, str]:
@@ -572,6 +562,7 @@ def authorise(
     *,
     given: str | None = None,
     emergency: bool = False,
+    who: str,
     told: Callable[[Step], None] = lambda _: None,
 ) -> Authorisation:
     """Whether the run may begin, as far as plans and approvals go. Changes nothing but the journal (a plan it made).
@@ -580,13 +571,15 @@ def authorise(
     plan is given, it is not planned. Raises Refused, with what has changed since or which approvals are missing, and
     Problem.
     """
-    policy, who = policy_of(request.definition, request.environment), getpass.getuser()
+    policy = policy_of(request.definition, request.environment)
     if emergency:
         return Authorisation(need=policy.need, lifted=policy.need > 0 or given is not None)
     if policy.need == 0 and given is None:
         return Authorisation()
     wanted = None if given is None else find(journal, given)
     fresh = make(request, session, earlier=seconds_of_earlier_runs(journal, request.definition), who=who, told=told)
+    # The plan has used up the processes that were warm for the run.
+    session.warm.plan((step.playbook, step.timeout_s) for step in request.definition.steps)
     again = f"runbook plan {request.definition.name} -i {request.environment.path}"
     if wanted is not None and wanted.hash != fresh.hash:
         raise _stale(wanted, fresh, again)
@@ -641,14 +634,20 @@ def _approved_before(journal: Journal, fresh: Plan) -> Plan | None:
     )
 
 
-def step_approvals(request: Request, journal: Journal, step: Step) -> Judgement:
-    """The approvals of a step with ``approval: true``, of this run and bound to the plan that it carries out.
+def step_wants(request: Request, journal: Journal, step: Step, plan: str | None, *, who: str) -> Refused | None:
+    """What is missing until a step with ``approval: true`` may begin; None when nothing is.
 
-    Such a step takes one approval at least; the runbook's own number where that is more.
+    plan: the hash of the plan that the run carries out, None when there is none. Its approvals are of this run and
+    bound to that plan. Such a step takes one at least; the runbook's own number where that is more.
     """
+    if not step.approval:
+        return None
     policy = step_policy(request.definition, request.environment)
-    subject = Subject(request.environment.name, plan_of(journal, request.run), request.run, step.id)
-    return judged(journal, request.environment, subject, policy, who=getpass.getuser())
+    subject = Subject(request.environment.name, plan or "", request.run, step.id)
+    judgement = judged(journal, request.environment, subject, policy, who=who)
+    if judgement.missing == 0:
+        return None
+    return missing(judgement, policy, f"step {step.id} of run {request.run}", request.run, request.environment.path)
 
 
 def step_policy(definition: Definition, environment: Environment) -> Policy:

@@ -19,8 +19,8 @@ from runbooks.commands.common import (
 if TYPE_CHECKING:
     from runbooks.approvals import Policy
     from runbooks.cli import Parser
-    from runbooks.engine import Warm
     from runbooks.plan import Plan
+    from runbooks.session import Warm
 
 
 def arguments(parser: Parser) -> None:
@@ -31,14 +31,18 @@ def arguments(parser: Parser) -> None:
 
 def _together() -> type[Warm]:
     """Processes that all warm up at once: a plan has nothing running that the machine should be left to."""
-    from runbooks.engine import Warm
+    from runbooks.session import Warm
 
     class Together(Warm):
+        leave_out: frozenset[Path] = frozenset()
+
         def _warm_up(self) -> None:
             while not self._closed.is_set():
                 with self._mutex:
                     if self._waiting:
-                        self._ready.append(self._make(*self._waiting.pop(0)))
+                        playbook, timeout_s = self._waiting.pop(0)
+                        if playbook not in self.leave_out:
+                            self._ready.append(self._make(playbook, timeout_s))
                         continue
                 self._closed.wait(0.05)
 
@@ -46,32 +50,36 @@ def _together() -> type[Warm]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from runbooks import definition, engine, plan
-    from runbooks.journal import Process, opened, remember
+    from runbooks import definition, plan, request, session
+    from runbooks.journal import opened, remember
+    from runbooks.locks import Process
     from runbooks.progress import choose
 
     runbook = definition.load(arguments.name)
     given = given_parameters(arguments)
     inventory = given_inventory(arguments)
-    run = f"plan-{engine.new_run(runbook)}"
-    warm = _together()(run, inventory)
+    run = f"plan-{request.new_run(runbook)}"
+    together = _together()
+    # Gates are about what is there when their step's turn has come.
+    together.leave_out = frozenset(g.playbook for step in runbook.steps for g in (*step.before, *step.after))
+    warm = together(run, inventory)
     quiet = arguments.json or not sys.stderr.isatty()
-    with engine.signals() as stop:
+    with session.signals() as stop:
         try:
-            session = engine.Session(run, warm, choose(as_json=arguments.json), stop)
-            request = engine.prepare(runbook, inventory, given, session)
-            policy = plan.policy_of(runbook, request.environment)
-            with opened(request.environment.open_journal()) as journal:
-                remember(request.environment.name, journal.directory, journal.location)
+            here = session.Session(run, warm, choose(as_json=arguments.json), stop)
+            asked = request.prepare(runbook, inventory, given, here, planning=True)
+            policy = plan.policy_of(runbook, asked.environment)
+            with opened(asked.environment.open_journal()) as journal:
+                remember(asked.environment.name, journal.directory, journal.location)
                 made = plan.make(
-                    request,
-                    session,
+                    asked,
+                    here,
                     earlier=plan.seconds_of_earlier_runs(journal, runbook),
                     who=Process.current().who,
                     told=lambda step: None if quiet else print(f"  checking {step.id}", file=sys.stderr),
                 )
                 plan.keep(journal, made, policy)
-        except engine.Interrupted:
+        except session.Interrupted:
             raise KeyboardInterrupt from None
         finally:
             warm.close()
