@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from runbooks import errors
@@ -29,24 +31,22 @@ def arguments(parser: Parser) -> None:
     add_parameters(parser)
 
 
-def _together() -> type[Warm]:
+def _together(run: str, inventory: Path, leave_out: Collection[Path]) -> Warm:
     """Processes that all warm up at once: a plan has nothing running that the machine should be left to."""
     from runbooks.session import Warm
 
     class Together(Warm):
-        leave_out: frozenset[Path] = frozenset()
-
         def _warm_up(self) -> None:
             while not self._closed.is_set():
                 with self._mutex:
                     if self._waiting:
                         playbook, timeout_s = self._waiting.pop(0)
-                        if playbook not in self.leave_out:
+                        if playbook not in leave_out:
                             self._ready.append(self._make(playbook, timeout_s))
                         continue
                 self._closed.wait(0.05)
 
-    return Together
+    return Together(run, inventory)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -59,10 +59,9 @@ def main(arguments: argparse.Namespace) -> int:
     given = given_parameters(arguments)
     inventory = given_inventory(arguments)
     run = f"plan-{request.new_run(runbook)}"
-    together = _together()
     # Gates are about what is there when their step's turn has come.
-    together.leave_out = frozenset(g.playbook for step in runbook.steps for g in (*step.before, *step.after))
-    warm = together(run, inventory)
+    gates = {gate.playbook for step in runbook.steps for gate in (*step.before, *step.after)}
+    warm = _together(run, inventory, gates)
     quiet = arguments.json or not sys.stderr.isatty()
     with session.signals() as stop:
         try:
