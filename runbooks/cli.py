@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("runbooks.commands.show", "what a runbook does, its parameters and its steps"),
     "run": ("runbooks.commands.run", "run a runbook"),
     "resume": ("runbooks.commands.resume", "go on with a run that did not end"),
+    "undo": ("runbooks.commands.undo", "take a run's effects back, the newest first"),
     "abort": ("runbooks.commands.abort", "give up a run whose process is gone, and its lock"),
     "status": ("runbooks.commands.status", "one run, step by step"),
     "runs": ("runbooks.commands.runs", "all runs"),
@@ -113,7 +114,7 @@ def parser(words: Sequence[str]) -> Parser:
             command.words = words
             loaded = importlib.import_module(module)
             loaded.arguments(command)
-            command.set_defaults(main=loaded.main)
+            command.set_defaults(main=loaded.main, command=name)
     return top
 
 

@@ -1,4 +1,4 @@
-"""Runs a runbook step by step, and takes a run up again where its predecessor died.
+"""Starts, resumes and undoes runs: takes the locks, lets ``work`` do the steps, and says how it ended.
 
 Everything is validated before anything is touched. Before each step its intent is in the journal, after it its outcome;
 a step that had its effect but not its record is run again and observes that there is nothing left to do.
@@ -6,408 +6,261 @@ a step that had its effect but not its record is run again and observes that the
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from runbooks import definition as definitions
-from runbooks import errors, preflight
-from runbooks.definition import Definition, Parameter, Step
+from runbooks import errors, outlook, plan, preflight
+from runbooks.definition import Definition
 from runbooks.environment import Environment
-from runbooks.errors import Problem, Refused, one_line
-from runbooks.journal import Heartbeat, Journal, LockLost, RunOutcome, RunState, find, pid_start, remember, state_home
+from runbooks.errors import Problem, Refused
+from runbooks.holding import Locks
+from runbooks.journal import Journal, LockLost, RunState, find, remember
+from runbooks.locks import Lease, Lost, Process
+from runbooks.notify import Notifier
 from runbooks.progress import Progress
-from runbooks.step import PlaybookProcess, Result, end_leftovers
-
-OBSERVE_S = 60.0
-"""Seconds after which a playbook that observes a default is stopped."""
-
-
-class Interrupted(Exception):
-    """The operator asked to stop (SIGINT, SIGTERM, SIGHUP)."""
+from runbooks.request import Request, compare_secrets, fingerprint, playbooks, read_secrets
+from runbooks.session import Order, Session, Stop, Warm
+from runbooks.step import end_leftovers
+from runbooks.work import Ending, Work
 
 
 @dataclass(slots=True)
-class Stop:
-    """Whether the run is to end at the next moment that it can."""
+class Ended:
+    """How a run ended, as the journal has it, and the exit code."""
 
-    asked: str = ""
-    lost: Heartbeat | None = None
-
-    def __call__(self) -> bool:
-        return bool(self.asked) or (self.lost is not None and self.lost.lost.is_set())
+    request: Request
+    state: RunState
+    code: int
 
 
-@contextmanager
-def signals() -> Iterator[Stop]:
-    """Turn the signals that end a program into a request to stop."""
-    stop = Stop()
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        stop.asked = signal.Signals(number).name
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def start(request: Request, session: Session) -> Ended:
+    """Run from the first step. Raises Refused when another run was faster or the plan is not approved."""
+    journal = request.environment.open_journal()
     try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass(slots=True)
-class Request:
-    """A run that may begin: everything checked, nothing touched. left_out: hosts that may be missing and are."""
-
-    run: str
-    definition: Definition
-    environment: Environment
-    parameters: dict[str, Any]
-    left_out: list[str] = field(default_factory=list)
-
-    def variables(self) -> dict[str, Any]:
-        return {"runbook_run": self.run, "runbook_left_out": self.left_out, **self.parameters}
-
-
-class Warm:
-    """Playbook processes that warm up for their turn, one after the other so that they leave the machine to the step
-    that runs, and the directory they all live in."""
-
-    def __init__(self, run: str, inventory: Path) -> None:
-        self._run, self._inventory = run, inventory.resolve()
-        self._directory = state_home() / "steps" / f"{os.getpid()}.{pid_start(os.getpid())}"
-        _remove_remains(self._directory.parent)
-        self._mutex = threading.Lock()
-        self._waiting: list[tuple[Path, float]] = []
-        self._ready: list[PlaybookProcess] = []
-        self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def plan(self, playbooks: Iterable[tuple[Path, float]]) -> None:
-        """Warm these up in the background, in their order: each with the seconds after which it is stopped."""
-        with self._mutex:
-            self._waiting += playbooks
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._warm_up, name="warm", daemon=True)
-                self._thread.start()
-
-    def _warm_up(self) -> None:
-        while not self._closed.is_set():
-            with self._mutex:
-                process = self._make(*self._waiting.pop(0)) if self._waiting else None
-                if process is not None:
-                    self._ready.append(process)
-            while not self._closed.wait(0.05) and process is not None and not process.warm():
-                pass
-
-    def _make(self, playbook: Path, timeout_s: float) -> PlaybookProcess:
-        return PlaybookProcess(playbook, self._inventory, self._run, self._directory, timeout_s)
-
-    def take(self, playbook: Path, timeout_s: float) -> PlaybookProcess:
-        """The process of this playbook: the one that is warming up, or a new one."""
-        with self._mutex:
-            self._waiting = [entry for entry in self._waiting if entry[0] != playbook]
-            found = next((process for process in self._ready if process.playbook == playbook), None)
-            if found is None:
-                return self._make(playbook, timeout_s)
-            self._ready.remove(found)
-            return found
-
-    def close(self) -> None:
-        self._closed.set()
-        if self._thread is not None:
-            self._thread.join()
-        for process in self._ready:
-            process.cancel()
-        for process in self._ready:
-            process.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def _remove_remains(directory: Path) -> None:
-    """Files of engines that were killed: they hold the environment that a playbook ran in."""
-    for remains in directory.glob("*.*"):
-        pid, _, start = remains.name.partition(".")
-        if pid.isdigit() and pid_start(int(pid)) != start:
-            shutil.rmtree(remains, ignore_errors=True)
-
-
-@dataclass(slots=True)
-class Session:
-    """This process at work on one run."""
-
-    run: str
-    warm: Warm
-    progress: Progress
-    stop: Stop
-    asked: float = field(default_factory=time.time)
-    """Unix seconds when the operator gave the command."""
-
-
-# -- before anything is touched
-
-
-def prepare(definition: Definition, inventory: Path, given: Mapping[str, str], session: Session) -> Request:
-    """Check everything that a new run needs. Raises Problem with the first fault, Refused when it may not run now."""
-    unknown = sorted(set(given) - set(definition.parameters))
-    if unknown:
-        raise Problem(
-            f"Runbook {definition.name} has no parameter {unknown[0]!r}, it has: "
-            f"{', '.join(definition.parameters) or 'none'}",
-            code="parameter-unknown",
-            next_command=f"runbook show {definition.name}",
-        )
-    parsed = {name: _parse(definition, definition.parameters[name], text) for name, text in given.items()}
-    # Everything warms up while the rest is checked.
-    observed = [p.default_from for p in definition.parameters.values() if p.default_from and p.name not in parsed]
-    session.warm.plan((source.playbook, OBSERVE_S) for source in observed)
-    session.warm.plan((step.playbook, step.timeout_s) for step in definition.steps)
-    environment = Environment(inventory)
-    for name, value in parsed.items():
-        _check_choice(definition, environment, definition.parameters[name], value)
-    _refuse_when_busy(environment, resuming=None)
-    for parameter in definition.parameters.values():
-        if parameter.name not in parsed:
-            parsed[parameter.name] = _default(definition, environment, parameter, parsed, session)
-            _check_choice(definition, environment, parameter, parsed[parameter.name])
-    left_out = preflight.check(environment, definition.reach, parsed)
-    return Request(session.run, definition, environment, parsed, left_out)
-
-
-def _parse(definition: Definition, parameter: Parameter, text: str) -> Any:
-    try:
-        return parameter.parse(text)
-    except ValueError as error:
-        raise Problem(
-            f"Parameter {parameter.name} of runbook {definition.name} must be {error}, not {text!r}",
-            code="parameter-type",
-            next_command=f"runbook show {definition.name}",
-        ) from None
-
-
-def _check_choice(definition: Definition, environment: Environment, parameter: Parameter, value: Any) -> None:
-    if not isinstance(value, definitions.PYTHON_TYPES[parameter.type]):
-        raise Problem(
-            f"Parameter {parameter.name} of runbook {definition.name} must be a {parameter.type}, not {value!r}",
-            code="parameter-type",
-            next_command=f"runbook show {definition.name}",
-        )
-    if parameter.choices is None:
-        return
-    choices = list(environment.template(parameter.choices))
-    if value not in choices:
-        raise Problem(
-            f"Parameter {parameter.name} of runbook {definition.name} must be one of "
-            f"{', '.join(map(str, choices))}, not {value!r}",
-            code="parameter-choice",
-            next_command=f"runbook show {definition.name}",
-        )
-
-
-def _default(
-    definition: Definition, environment: Environment, parameter: Parameter, known: Mapping[str, Any], session: Session
-) -> Any:
-    source = parameter.default_from
-    if source is None:
-        if parameter.default is None:
-            raise Problem(
-                f"Runbook {definition.name} needs the parameter {parameter.name} ({parameter.title})",
-                code="parameter-missing",
-                next_command=f"runbook show {definition.name}",
+        with _held(request, journal, session, resuming=False) as held:
+            authorised = _authorise(request, journal, session)
+            journal.begin(
+                request.run,
+                {
+                    "runbook": request.definition.name,
+                    "environment": request.environment.name,
+                    "inventory": str(request.environment.path),
+                    "parameters": request.parameters,
+                    "secrets": {name: fingerprint(value, request.run) for name, value in request.secrets.items()},
+                    "steps": [step.id for step in request.definition.steps],
+                    "left_out": request.left_out,
+                    "asked": session.asked,
+                    "lock_store": held.locks.where,
+                    **authorised,
+                },
+                fence=held.lease.fence,
             )
-        return environment.template(parameter.default, **known)
-    left_out = preflight.check(environment, source.reach, known, patient=False)
-    process = session.warm.take(source.playbook, OBSERVE_S)
-    try:
-        result = process.run(known, left_out, on_activity=lambda _: None, interrupted=session.stop)
-    finally:
-        process.close()
-    if session.stop():
-        raise Interrupted
-    if result.outcome != "ok" or source.output not in result.outputs:
-        why = one_line(failure_text(result.failures)) or f"no output {source.output}"
-        flag = "--" + parameter.name.replace("_", "-")
-        raise Problem(
-            f"What {parameter.name} should be could not be observed in environment {environment.name}: {why}",
-            code="default-unobserved",
-            next_command=f"runbook run {definition.name} -i {environment.path} {flag} VALUE",
-        )
-    return result.outputs[source.output]
-
-
-def _refuse_when_busy(environment: Environment, resuming: str | None) -> None:
-    """Without making a journal where there is none."""
-    directory = environment.state_directory
-    if (directory / "journal.sqlite").exists():
-        journal = Journal(directory, environment.name)
-        try:
-            journal.refuse_when_busy(resuming)
-        finally:
-            journal.close()
-
-
-def new_run(definition: Definition) -> str:
-    """An id that sorts by time and says what it is."""
-    return f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{definition.name}-{secrets.token_hex(2)}"
-
-
-# -- the run
-
-
-def start(request: Request, session: Session) -> tuple[RunState, int]:
-    """Run from the first step; the run's final state and the exit code. Raises Refused when another run was faster."""
-    journal = Journal(request.environment.state_directory, request.environment.name)
-    try:
-        journal.begin(
-            request.run,
-            {
-                "runbook": request.definition.name,
-                "environment": request.environment.name,
-                "inventory": str(request.environment.path),
-                "parameters": request.parameters,
-                "steps": [step.id for step in request.definition.steps],
-                "left_out": request.left_out,
-                "asked": session.asked,
-            },
-        )
-        remember(request.environment.name, journal.directory)
-        return _go(request, journal, session)
+            environment = request.environment
+            remember(environment.name, journal.directory, journal.location, trusted=environment.journal_keys)
+            return _carry_out(request, journal, session, held, Work.steps)
     finally:
         journal.close()
 
 
-def resume(name: str | None, progress: Progress, stop: Stop) -> tuple[RunState, int, Request]:
-    """Take a run up again from its first step without a successful outcome.
+def resume(name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None = None) -> Ended:
+    """Take a run up again from its first step without a successful outcome, on whatever machine its journal is.
 
     Raises Problem when it cannot be, Refused when its process lives or a newer run has been there.
     """
-    journal, run = find(name)
+    return _again(name, progress, stop, order, inventory, undo=False)
+
+
+def undo(name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None = None) -> Ended:
+    """Take the effects of a run's steps back, the newest first; an undoing that ended in its middle goes on.
+
+    Raises as ``resume`` does.
+    """
+    return _again(name, progress, stop, order, inventory, undo=True)
+
+
+def _again(
+    name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None, *, undo: bool
+) -> Ended:
+    journal, run, environment = locate(name, inventory)
     try:
         state = journal.state(run)
         definition = definitions.load(state.runbook)
-        if list(state.steps) != [step.id for step in definition.steps]:
-            raise Refused(
-                f"Runbook {state.runbook} has other steps now than when run {run} began",
-                code="definition-changed",
-                next_command=f"runbook abort {run}",
-            )
-        if state.state == "aborted":
-            raise Refused(
-                f"Run {run} was given up: {state.reason}",
-                code="run-aborted",
-                next_command=f"runbook run {state.runbook} --help",
-            )
-        newest = journal.runs()[-1]
-        if newest != run and state.state != "succeeded":
-            raise Refused(
-                f"Run {run} has been superseded by {newest} in environment {journal.environment}",
-                code="run-superseded",
-                next_command=f"runbook status {newest}",
-            )
-        environment = Environment(Path(state.inventory))
+        environment = environment or Environment(Path(state.inventory))
         request = Request(run, definition, environment, state.parameters, state.left_out)
-        if state.state == "succeeded":
-            return state, errors.OK, request
-        journal.refuse_when_busy(resuming=run)
+        if state.state == "succeeded" and not undo:
+            return Ended(request, state, errors.OK)
+        _refuse_what_is_over(journal, state, definition, undo=undo)
         warm = Warm(run, environment.path)
-        session = Session(run, warm, progress, stop)
+        session = Session(run, warm, progress, stop, order)
         try:
-            request.left_out = preflight.check(environment, definition.reach, state.parameters)
-            journal.take_over(run, {"left_out": request.left_out})
-            ended = end_leftovers(run)
-            if ended:
-                progress.note(f"Ended {ended} process(es) that the dead run had left behind")
-            warm.plan((step.playbook, step.timeout_s) for step in definition.steps if step.id in state.pending)
-            return *_go(request, journal, session), request
+            Locks(environment, journal).outlast(run, progress.note, stop)
+            request.secrets = read_secrets(definition, environment, session)
+            compare_secrets(request, state.secrets)
+            with _held(request, journal, session, resuming=True) as held:
+                request.left_out = preflight.check(environment, definition.reach, request.variables())
+                authorised = {} if undo else _authorise_again(request, journal, session, state)
+                data = {"left_out": request.left_out, "undo": undo, **authorised}
+                journal.take_over(run, data, fence=held.lease.fence)
+                ended = end_leftovers(run)
+                if ended:
+                    progress.note(f"Ended {ended} process(es) that the dead run had left behind")
+                if not undo:
+                    warm.plan(playbooks(step for step in definition.steps if step.id in state.pending))
+                return _carry_out(request, journal, session, held, Work.undo if undo else Work.steps)
         finally:
             warm.close()
     finally:
         journal.close()
 
 
-def _go(request: Request, journal: Journal, session: Session) -> tuple[RunState, int]:
-    state = journal.state(request.run)
-    with Heartbeat(journal) as heartbeat, session.progress.showing(request, state):
-        session.stop.lost = heartbeat
-        succeeded = False
-        try:
-            outcome, code, reason = _steps(request, journal, session)
-            succeeded = outcome == "succeeded"
-        except LockLost:
-            raise _taken_over(request) from None
-        finally:
-            # While the lock is held still: whoever takes it next must not meet a worker of this run.
-            if not succeeded:
-                end_leftovers(request.run)
-        try:
-            journal.finish(outcome, reason)
-        except LockLost:
-            raise _taken_over(request) from None
-    return journal.state(request.run), code
+def locate(name: str | None, inventory: Path | None) -> tuple[Journal, str, Environment | None]:
+    """The journal that has the run: one that this machine knows, or the environment's. Raises Problem."""
+    if inventory is None:
+        return *find(name), None
+    environment = Environment(inventory)
+    return *find(name, [environment.open_journal()]), environment
 
 
-def _taken_over(request: Request) -> Refused:
-    return Refused(
-        f"Run {request.run} has been taken over by another process",
-        code="run-taken-over",
-        next_command=f"runbook status {request.run}",
-    )
-
-
-def _steps(request: Request, journal: Journal, session: Session) -> tuple[RunOutcome, int, str]:
-    """The steps that are left; how it ended, the exit code and why."""
-    state = journal.state(request.run)
-    steps = [step for step in request.definition.steps if step.id in state.pending]
-    outputs = state.outputs
-    for step in steps:
-        if session.stop():
-            break
-        journal.append("step_started", step.id, {"budget_s": step.budget_s})
-        session.progress.begin(step)
-        began = time.monotonic()
-        result = _step(request, step, {**request.variables(), **outputs}, session)
-        elapsed = time.monotonic() - began
-        journal.append(
-            "step_finished",
-            step.id,
-            {
-                "outcome": result.outcome,
-                "elapsed_s": round(elapsed, 3),
-                "outputs": result.outputs,
-                "says": result.says,
-                "changed": result.changed,
-                "failures": result.failures,
-            },
+def _refuse_what_is_over(journal: Journal, state: RunState, definition: Definition, *, undo: bool) -> None:
+    """Raises Refused when the run is not one that can go on, or be undone."""
+    run, after = state.run, outlook.radius(state, definition)
+    if list(state.steps) != [step.id for step in definition.steps]:
+        raise Refused(
+            f"Runbook {state.runbook} has other steps now than when run {run} began",
+            code="definition-changed",
+            touched=after,
+            next_command=f"runbook abort {run} --reason REASON",
         )
-        session.progress.end(step, result, elapsed)
-        outputs = {**outputs, **result.outputs}
-        if result.outcome == "interrupted":
-            break
-        if result.outcome != "ok":
-            if step.gate:
-                return "refused", errors.REFUSED, f"{step.title}: {failure_text(result.failures)}"
-            return "failed", errors.FAILED, f"{step.title}: {failure_text(result.failures)}"
-    else:
-        return "succeeded", errors.OK, ""
-    return "interrupted", errors.INTERRUPTED, f"stopped by {session.stop.asked or 'the loss of its lock'}"
+    if state.state == "undone" or (state.state == "aborted" and not undo):
+        raise Refused(
+            f"Run {run} is over: it was {'undone' if state.state == 'undone' else 'given up'} ({state.reason})",
+            code="run-over",
+            touched=after,
+            next_command=f"runbook run {state.runbook} -i {state.inventory}",
+        )
+    newest = outlook.successor(journal, state, definition)
+    if newest is not None:
+        raise Refused(
+            f"Run {run} has been superseded by {newest} in environment {journal.environment}",
+            code="run-superseded",
+            touched=after,
+            next_command=f"runbook status {newest}",
+        )
+    if state.undoing and not undo:
+        raise Refused(
+            f"The undoing of run {run} has begun, so it can only be undone",
+            code="run-undoing",
+            touched=after,
+            next_command=f"runbook undo {run}",
+        )
 
 
-def _step(request: Request, step: Step, variables: dict[str, Any], session: Session) -> Result:
-    process = session.warm.take(step.playbook, step.timeout_s)
+def abort(run: str, journal: Journal, environment: Environment, reason: str) -> None:
+    """Give up a run whose process is gone, and its locks. Raises Refused when it is alive."""
+    state = journal.state(run)
+    if state.state in ("succeeded", "undone", "aborted"):
+        raise Problem(
+            f"Run {run} has {'succeeded' if state.state == 'succeeded' else f'been {state.state}'}: there is nothing "
+            "to give up",
+            code="run-ended-already",
+            next_command=f"runbook report {run}",
+        )
+    locks = Locks(environment, journal)
+    lease = locks.take(definitions.load(state.runbook), run, resuming=True)
     try:
-        return process.run(variables, request.left_out, on_activity=session.progress.activity, interrupted=session.stop)
+        end_leftovers(run)
+        journal.abort(run, reason, fence=lease.fence)
     finally:
-        process.close()
+        locks.release(lease)
 
 
-def failure_text(failures: Sequence[Mapping[str, str]]) -> str:
-    """The failures in plain words, one a host."""
-    return "; ".join(": ".join(p for p in (f["host"], f["task"], f["message"]) if p) for f in failures)
+# -- with the locks held
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The locks of a run, and the lease on them."""
+
+    locks: Locks
+    lease: Lease
+
+
+@contextlib.contextmanager
+def _held(request: Request, journal: Journal, session: Session, *, resuming: bool) -> Iterator[Held]:
+    """Hold the run's locks; they are given back when it was refused before it had begun."""
+    locks = Locks(request.environment, journal)
+    lease = locks.take(request.definition, request.run, resuming=resuming)
+    session.stop.lease = lease
+    with lease:
+        try:
+            yield Held(locks, lease)
+        except BaseException:
+            # A run that has begun keeps them, for its resumption.
+            with contextlib.suppress(Problem):
+                if not _going(journal, request.run):
+                    locks.release(lease)
+            raise
+
+
+def _going(journal: Journal, run: str) -> bool:
+    return run in journal.runs() and journal.state(run).state in ("running", "waiting")
+
+
+def _authorise(request: Request, journal: Journal, session: Session) -> dict[str, object]:
+    order, who = session.order, Process.current().who
+    given = plan.authorise(request, journal, session, given=order.plan, emergency=bool(order.emergency), who=who)
+    if given.plan is not None:  # Planning has used the processes up that were warm for the steps.
+        session.warm.plan(playbooks(request.definition.steps))
+    return given.document()
+
+
+def _authorise_again(request: Request, journal: Journal, session: Session, state: RunState) -> dict[str, object]:
+    """A run that its approvals began goes on; one that an emergency began needs the approvals once that is over."""
+    if not state.lifted or session.order.emergency or outlook.emergency(state):
+        return {}
+    return _authorise(request, journal, session)
+
+
+def _carry_out(
+    request: Request, journal: Journal, session: Session, held: Held, work: Callable[[Work], Ending]
+) -> Ended:
+    """Let the work be done, record its end, and give the locks back: in this order, so that whoever takes them next
+    meets neither a worker nor an unfinished record of this run."""
+    state = journal.state(request.run)
+    notifier = Notifier(journal, request.environment, request.run, request.definition)
+    job = Work(request, journal, session, held.lease.fence, notifier)
+    ending: Ending | None = None
+    try:
+        with session.progress.showing(request, state):
+            for problem in notifier.problems:
+                session.progress.note(problem)
+            try:
+                ending = work(job)
+            finally:
+                if ending is None or ending.state not in ("succeeded", "undone"):
+                    end_leftovers(request.run)
+        journal.finish(ending.state, ending.reason)
+        with contextlib.suppress(Lost, Problem):  # Whatever stays behind is a finished run's, and so nobody's.
+            (held.locks.park if ending.state == "waiting" else held.locks.release)(held.lease)
+        notifier.event(ending.event(), None, request.clean(ending.reason))
+    except LockLost:
+        raise _lost(job, session) from None
+    except Problem as problem:
+        problem.touched = job.radius()
+        raise
+    finally:
+        notifier.close()
+    return Ended(request, journal.state(request.run), ending.code)
+
+
+def _lost(job: Work, session: Session) -> Refused:
+    run = job.request.run
+    return Refused(
+        f"Run {run} has stopped itself: {session.stop.lost() or 'another process has taken it over'}",
+        code="lock-lost",
+        touched=job.radius(),
+        next_command=f"runbook resume {run}",
+    )

@@ -31,7 +31,10 @@ class Problem(Exception):
     def __init__(self, what: str, *, code: str, next_command: str, touched: str = NOTHING) -> None:
         self.what, self.code = one_line(what), code
         self.touched, self.next_command = one_line(touched), next_command
-        super().__init__(f"{self.what}. {self.touched}. next: {next_command}")
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.touched}. next: {self.next_command}"
 
     def document(self) -> dict[str, Any]:
         """What ``--json`` prints."""

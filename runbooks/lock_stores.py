@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from runbooks.errors import Problem
@@ -49,6 +49,13 @@ class JournalStore:
     def __init__(self, journal: Journal) -> None:
         self.where, self._journal = "the journal's database", journal
 
+    def another(self) -> JournalStore:
+        journal = self._journal
+        return JournalStore(type(journal)(journal.location, journal.environment, journal.directory))
+
+    def close(self) -> None:
+        self._journal.close()
+
     def read(self) -> tuple[Book, float]:
         return self.change(lambda book, now: (book, (book, now)))
 
@@ -70,6 +77,12 @@ class _Conditional:
 
     def __init__(self, where: str) -> None:
         self.where = where
+
+    def another(self) -> Self:
+        return self  # Its client may be used by several threads.
+
+    def close(self) -> None:
+        """Nothing is open between two questions."""
 
     def _get(self) -> tuple[dict[str, Any] | None, Any, float]:
         """The document, its version, and the server's clock."""

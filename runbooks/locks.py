@@ -210,6 +210,11 @@ class Store(Protocol):
 
     where: str
 
+    def another(self) -> Store:
+        """The same store over a connection of its own, which a lease closes."""
+
+    def close(self) -> None: ...
+
     def read(self) -> tuple[Book, float]:
         """The book, and the store's clock (unix seconds)."""
 
@@ -289,3 +294,5 @@ class Lease:
         """Without waiting for a renewal that hangs."""
         self._stop.set()
         self._thread.join(1.0)
+        if not self._thread.is_alive():
+            self._store.close()

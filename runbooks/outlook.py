@@ -1,25 +1,134 @@
-"""How a run stands as seen from outside its process, and the one command that comes next."""
+"""How a run stands as seen from outside its process: its state, what it touched, the one command that comes next."""
 
 from __future__ import annotations
 
-from runbooks.journal import Journal, RunState
+import time
+from typing import TYPE_CHECKING
 
-UNFINISHED = ("dead", "failed", "interrupted", "refused", "waiting")
+from runbooks import locks
+from runbooks.errors import NOTHING, Problem, Refused, Stopped
+from runbooks.journal import Journal, RunState
+from runbooks.lock_stores import open_store
+
+if TYPE_CHECKING:
+    from runbooks.definition import Definition
 
 
 def shown_state(journal: Journal, state: RunState) -> str:
     """The state of the records; "dead" when they say "running" and the run's process is gone."""
     if state.state != "running":
         return state.state
-    lock = journal.lock()
-    return "running" if lock is not None and lock.run == state.run and lock.alive() else "dead"
+    try:
+        standing = locks.run_standing(open_store(journal, state.lock_store), state.run)
+    except Problem:  # The store with its lease does not answer: the records are all there is.
+        return "running"
+    return "running" if standing == "active" else "dead"
+
+
+def emergency(state: RunState) -> bool:
+    """Whether an emergency that was declared for the run goes on."""
+    return state.emergency_until is not None and time.time() < state.emergency_until
+
+
+def successor(journal: Journal, state: RunState, definition: Definition | None = None) -> str | None:
+    """A newer run of the environment that has worked on what this one has; None when there is none."""
+    runs = journal.runs()
+    for run in reversed(runs[runs.index(state.run) + 1 :]):
+        if definition is None:
+            return run
+        other = journal.state(run)
+        if other.begun and _meet(definition, other.runbook):
+            return run
+    return None
+
+
+def _meet(definition: Definition, other: str) -> bool:
+    """Whether two runbooks lock something that is in each other's way; a runbook that is no longer there does."""
+    from runbooks import definition as definitions
+
+    try:
+        names = definitions.load(other).locks
+    except Problem:
+        return True
+    return any(locks.in_the_way(held, wanted) for held in names for wanted in definition.locks)
+
+
+def radius(state: RunState, definition: Definition | None) -> str:
+    """The blast radius: what the steps that have begun touch, by whether they ended well."""
+    touches = {} if definition is None else {step.id: step.touches for step in definition.steps}
+    done: list[str] = []
+    open_: list[str] = []
+    for name in state.begun:
+        words = ", ".join(touches.get(name, ("what is not known: the runbook has changed",)))
+        if words:
+            step = state.steps[name]
+            (done if step.outcome == "ok" and step.undone is None else open_).append(f"{name} ({words})")
+    parts = []
+    if done:
+        parts.append(f"Done and kept: {', '.join(done)}")
+    if open_:
+        parts.append(f"{'begun' if parts else 'Begun'} and perhaps in part done: {', '.join(open_)}")
+    return "; ".join(parts) or NOTHING
 
 
 def next_command(journal: Journal, state: RunState, shown: str) -> str | None:
     """What to run next for a run that did not succeed; None where there is nothing to do."""
-    if shown == "aborted":
-        return f"runbook plan {state.runbook} -i {state.inventory}"
-    if shown not in UNFINISHED:
+    problem = aftermath(journal, state, shown)
+    return None if problem is None else problem.next_command
+
+
+def aftermath(journal: Journal, state: RunState, shown: str) -> Problem | None:
+    """Cause, blast radius and next command of a run that is over or stands still; None where all is well."""
+    from runbooks import definition as definitions
+
+    try:
+        definition = definitions.load(state.runbook)
+    except Problem:
+        definition = None
+    run, reason, touched = state.run, state.reason, radius(state, definition)
+    newest = successor(journal, state, definition)
+    resume, anew = f"runbook resume {run}", f"runbook plan {state.runbook} -i {state.inventory}"
+    if shown in ("running", "succeeded"):
         return None
-    newest = journal.runs()[-1]
-    return f"runbook resume {state.run}" if newest == state.run else f"runbook status {newest}"
+    if shown == "undone" and not reason:
+        return None
+    if shown == "undone":
+        return Problem(f"Run {run} was undone: {reason}", code="run-undone", touched=touched, next_command=anew)
+    if shown == "aborted":
+        return Problem(f"Run {run} was given up: {reason}", code="run-aborted", touched=touched, next_command=anew)
+    if newest is not None:
+        return Refused(
+            f"Run {run} is {shown}, and {newest} has worked on the environment since",
+            code="run-succeeded-by-another",
+            touched=touched,
+            next_command=f"runbook status {newest}",
+        )
+    if state.undoing:
+        return Problem(
+            f"Run {run} is {shown} in the middle of its undoing: {reason or 'its process is gone'}",
+            code="undo-unfinished",
+            touched=touched,
+            next_command=f"runbook undo {run}",
+        )
+    if shown == "dead":
+        step = next((s.step for s in state.steps.values() if s.attempts and s.outcome is None), "")
+        return Problem(
+            f"Run {run} is dead: its process is gone{f' in step {step}' if step else ' between two steps'}",
+            code="run-dead",
+            touched=touched,
+            next_command=resume,
+        )
+    if shown == "waiting":
+        return Refused(
+            f"Run {run} waits: {reason}",
+            code="run-waiting",
+            touched=touched,
+            next_command=f"runbook approve {run} -i {state.inventory} --as NAME",
+        )
+    if shown == "refused":
+        return Refused(f"Run {run} refused: {reason}", code="run-refused", touched=touched, next_command=resume)
+    if shown == "interrupted":
+        return Stopped(f"Run {run} interrupted: {reason}", code="run-interrupted", touched=touched, next_command=resume)
+    if any(step.outcome == "timed out" for step in state.steps.values()):
+        return Problem(f"Run {run} timed out: {reason}", code="run-timed-out", touched=touched, next_command=resume)
+    return Problem(f"Run {run} failed: {reason}", code="run-failed", touched=touched, next_command=resume)

@@ -17,9 +17,29 @@ from runbooks.step import Activity, Result
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from runbooks.engine import Request
+    from runbooks.request import Request
 
-MARKS = {"ok": "✓", "failed": "✗", "timed out": "✗", "interrupted": "■", "running": "▶", "waiting": "·"}
+MARKS = {
+    "ok": "✓",
+    "failed": "✗",
+    "timed out": "✗",
+    "interrupted": "■",
+    "running": "▶",
+    "waiting": "·",
+    "undone": "↶",
+    "undo failed": "✗",
+    "undo unfinished": "■",
+    "undo by hand": "!",
+}
+UNDONE = {
+    "ok": "undone",
+    "told": "undo by hand",
+    "begun": "undo unfinished",
+    "failed": "undo failed",
+    "timed out": "undo failed",
+    "interrupted": "undo unfinished",
+}
+"""What a step is called whose undo has been tried."""
 STYLES = {"ok": "green", "failed": "bold red", "timed out": "bold red", "interrupted": "yellow", "running": "cyan"}
 
 
@@ -34,6 +54,7 @@ class Progress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self._total, self._number = 0, 0
+        self._undoing = False
 
     def _line(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=self.stream, flush=True)
@@ -48,15 +69,20 @@ class Progress:
             self._line(text)
         yield
 
-    def begin(self, step: Step) -> None:
-        self._number += 1
-        self._line(f"[{self._number}/{self._total}] {step.id}: {step.title} (budget {seconds(step.budget_s)})")
+    def begin(self, step: Step, undo: str = "") -> None:
+        """undo: the title of the undoing that begins instead of the step."""
+        self._number += 0 if undo else 1
+        self._line(f"{self._where(undo)} {step.id}: {undo or step.title} (budget {seconds(step.budget_s)})")
+
+    def _where(self, undo: object) -> str:
+        self._undoing = bool(undo)
+        return "[undo]" if undo else f"[{self._number}/{self._total}]"
 
     def activity(self, activity: Activity) -> None:
         """What the step does now; plain lines leave it out."""
 
     def end(self, step: Step, result: Result, elapsed: float) -> None:
-        self._line(f"[{self._number}/{self._total}] {ending(step, result, elapsed)}")
+        self._line(f"{self._where(self._undoing)} {ending(step, result, elapsed)}")
         for line in failure_lines(result):
             print(line, file=self.stream, flush=True)
 
@@ -165,9 +191,9 @@ class LiveProgress(Progress):
                 )
         return table
 
-    def begin(self, step: Step) -> None:
+    def begin(self, step: Step, undo: str = "") -> None:
         with self._mutex:
-            self._now = ""
+            self._now = undo
             self._rows[step.id].update(state="running", began=time.monotonic())
 
     def activity(self, activity: Activity) -> None:
@@ -204,12 +230,14 @@ class JsonProgress(Progress):
         )
         yield
 
-    def begin(self, step: Step) -> None:
-        self._event("step_started", step=step.id, title=step.title, budget_s=step.budget_s)
+    def begin(self, step: Step, undo: str = "") -> None:
+        self._undoing = bool(undo)
+        kind = "undo_started" if undo else "step_started"
+        self._event(kind, step=step.id, title=undo or step.title, budget_s=step.budget_s)
 
     def end(self, step: Step, result: Result, elapsed: float) -> None:
         self._event(
-            "step_finished",
+            "undo_finished" if self._undoing else "step_finished",
             step=step.id,
             outcome=result.outcome,
             elapsed_s=round(elapsed, 3),

@@ -73,6 +73,8 @@ class StepState:
     says: str = ""
     changed: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
+    undone: StepOutcome | Literal["begun", "told"] | None = None
+    """How its undo went; told: a person was told what to do, because no playbook can."""
 
 
 @dataclass(slots=True)
@@ -97,11 +99,25 @@ class RunState:
     ended_mono: float | None = None
     resumed: int = 0
     asked: float = 0.0
+    undoing: bool = False
+    """Its undo has begun: it can only be undone now, not resumed."""
+    plan: str | None = None
+    lifted: bool = False
+    """It began under an emergency, without the approvals that it would need."""
+    emergency_until: float | None = None
+    secrets: dict[str, str] = field(default_factory=dict)
+    """Name -> fingerprint of the secret parameters; their values are nowhere."""
+    lock_store: str = ""
 
     @property
     def outputs(self) -> dict[str, Any]:
         """The outputs of all successful steps; a later step's wins."""
         return {k: v for step in self.steps.values() if step.outcome == "ok" for k, v in step.outputs.items()}
+
+    @property
+    def begun(self) -> list[str]:
+        """The steps that may have had effects which nothing has taken back, in their order."""
+        return [name for name, step in self.steps.items() if step.attempts and step.undone != "ok"]
 
     @property
     def pending(self) -> list[str]:
@@ -136,6 +152,10 @@ def fold(records: Iterable[Record]) -> RunState:
                 steps={step: StepState(step) for step in data["steps"]},
                 left_out=data.get("left_out", []),
                 asked=data.get("asked", record.wall),
+                plan=data.get("plan"),
+                lifted=data.get("approvals_lifted", False),
+                secrets=data.get("secrets", {}),
+                lock_store=data.get("lock_store", ""),
             )
         elif state is None:
             if record.kind.startswith(("step_", "run_", "effect_", "undo_")):
@@ -144,6 +164,10 @@ def fold(records: Iterable[Record]) -> RunState:
             state.state, state.reason, state.ended, state.ended_mono = "running", "", None, None
             state.resumed += 1
             state.left_out = data.get("left_out", state.left_out)
+            state.undoing = state.undoing or data.get("undo", False)
+            state.plan, state.lifted = data.get("plan", state.plan), data.get("approvals_lifted", state.lifted)
+        elif record.kind == "emergency_declared":
+            state.emergency_until = data["expires"]
         elif record.kind == "run_finished":
             state.state, state.reason = data["state"], data.get("reason", "")
             state.ended, state.ended_mono = record.wall, record.mono
@@ -151,12 +175,16 @@ def fold(records: Iterable[Record]) -> RunState:
             step = state.steps[record.step]
             step.attempts += 1
             step.started, step.started_mono, step.ended, step.outcome = record.wall, record.mono, None, None
-            step.elapsed_s, step.failures = None, []
+            step.elapsed_s, step.failures, step.undone = None, [], None
         elif record.kind == "step_finished" and record.step is not None:
             step = state.steps[record.step]
             step.outcome, step.ended, step.elapsed_s = data["outcome"], record.wall, data["elapsed_s"]
             step.outputs, step.says = data.get("outputs", {}), data.get("says", "")
             step.changed, step.failures = data.get("changed", []), data.get("failures", [])
+        elif record.kind == "undo_started" and record.step is not None:
+            state.undoing, state.steps[record.step].undone = True, "begun"
+        elif record.kind == "undo_finished" and record.step is not None:
+            state.undoing, state.steps[record.step].undone = True, data["outcome"]
     if state is None:
         raise ValueError(f"the journal holds no start, it begins with {first}" if first else "no records")
     return state

@@ -15,6 +15,7 @@ from runbooks.errors import Problem
 if TYPE_CHECKING:
     from runbooks.cli import Parser
     from runbooks.journal import Journal
+    from runbooks.session import Order
 
 
 def add_runbook(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -60,6 +61,43 @@ def add_parameters(parser: Parser) -> None:
             _completed(action, lambda words=words, **_: words)
 
 
+def add_order(parser: argparse.ArgumentParser) -> None:
+    """Break-glass, and where secret parameters are."""
+    parser.add_argument("--emergency", action="store_true", help="wait for no approval and no window, for a while")
+    parser.add_argument("--reason", default="", help="why it is an emergency; kept in the evidence")
+    add_secrets(parser)
+
+
+def add_secrets(parser: argparse.ArgumentParser) -> None:
+    text = "the file with a secret parameter (or set RUNBOOK_PARAM_NAME, or type it)"
+    parser.add_argument("--secret", action="append", default=[], metavar="NAME=FILE", help=text)
+
+
+def given_order(arguments: argparse.Namespace) -> Order:
+    """What the operator said beside the parameters. Raises Problem when it is contradictory."""
+    from runbooks.session import Order
+
+    emergency, reason = getattr(arguments, "emergency", False), getattr(arguments, "reason", "")
+    if emergency != bool(reason.strip()):
+        missing = "--reason" if emergency else "--emergency"
+        raise Problem(
+            f"An emergency needs both --emergency and --reason TEXT, and {missing} is missing",
+            code="emergency-without-reason",
+            next_command=f"runbook {arguments.command} --help",
+        )
+    files = {}
+    for text in arguments.secret:
+        name, equals, file = text.partition("=")
+        if not equals or not name or not file:
+            raise Problem(
+                "--secret wants NAME=FILE",
+                code="secret-syntax",
+                next_command=f"runbook {arguments.command} --help",
+            )
+        files[name] = Path(file)
+    return Order(getattr(arguments, "plan", None), reason.strip(), files)
+
+
 def given_parameters(arguments: argparse.Namespace) -> dict[str, str]:
     """Name -> text of the parameters on the command line. Raises Problem when one is not NAME=VALUE."""
     given = {}
@@ -94,6 +132,10 @@ def given_inventory(arguments: argparse.Namespace) -> Path:
             next_command=f"ls -d {inventory.parent}/*",
         )
     return inventory
+
+
+def optional_inventory(arguments: argparse.Namespace) -> Path | None:
+    return given_inventory(arguments) if arguments.inventory else None
 
 
 def _completed(action: argparse.Action, completer: Any) -> None:
@@ -136,16 +178,15 @@ def find(arguments: argparse.Namespace) -> tuple[Journal, str]:
 def of_inventory(path: str) -> Journal:
     """The journal of an environment. Raises Problem when nothing has been run in it."""
     from runbooks.environment import Environment
-    from runbooks.journal import Journal
 
     environment = Environment(Path(path))
-    if not (environment.state_directory / "journal.sqlite").exists():
+    if not environment.has_journal():
         raise Problem(
             f"No runbook has been run in environment {environment.name} (no journal in {environment.state_directory})",
             code="environment-without-runs",
             next_command=f"runbook run RUNBOOK -i {path}",
         )
-    return Journal(environment.state_directory, environment.name)
+    return environment.open_journal()
 
 
 # -- output

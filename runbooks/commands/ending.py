@@ -7,20 +7,20 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runbooks.engine import Request
-    from runbooks.journal import RunState
+    from runbooks.engine import Ended
 
 
-def end(request: Request, state: RunState, code: int, *, as_json: bool) -> int:
+def end(ended: Ended, *, as_json: bool) -> int:
     """Write the report and say how it went; the exit code. What to do next comes last."""
-    from runbooks import report
+    from runbooks import errors, outlook, report
     from runbooks.cli import tell
     from runbooks.commands.report import print_figures
-    from runbooks.errors import Problem
-    from runbooks.journal import Journal, opened
+    from runbooks.journal import opened
 
-    with opened(Journal(request.environment.state_directory, request.environment.name)) as journal:
+    request, state = ended.request, ended.state
+    with opened(request.environment.open_journal()) as journal:
         result = report.build(journal, request.run, request.definition, request.environment)
+        problem = outlook.aftermath(journal, state, state.state)
     report.write(result)
     if as_json:
         document = {"event": "finished", "run": state.run, "state": state.state, "report": result["paths"]["json"]}
@@ -29,11 +29,6 @@ def end(request: Request, state: RunState, code: int, *, as_json: bool) -> int:
         print_figures(result, sys.stderr)
     else:
         print(f"Report: {result['paths']['html']}", file=sys.stderr)
-    if state.state != "succeeded":
-        problem = Problem(
-            f"Run {state.run} {state.state}: {state.reason}",
-            code="run-ended",
-            next_command=f"runbook resume {state.run}",
-        )
+    if problem is not None:
         tell(problem, as_json=as_json)
-    return max(code, report.exit_code(result))
+    return report.exit_code(result) if ended.code == errors.OK and state.state == "succeeded" else ended.code

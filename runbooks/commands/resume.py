@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 
-from runbooks.commands.common import add_run, latest
+from runbooks.commands.common import add_inventory, add_order, add_run, given_order, latest, optional_inventory
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
+    add_inventory(parser, "the run's environment, on a machine where it was not begun")
+    add_order(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     from runbooks import engine
     from runbooks.commands.ending import end
     from runbooks.progress import choose
+    from runbooks.session import signals
 
-    with engine.signals() as stop:
-        state, code, request = engine.resume(latest(arguments.run), choose(as_json=arguments.json), stop)
-    return end(request, state, code, as_json=arguments.json)
+    order, inventory = given_order(arguments), optional_inventory(arguments)
+    with signals() as stop:
+        ended = engine.resume(latest(arguments.run), choose(as_json=arguments.json), stop, order, inventory)
+    return end(ended, as_json=arguments.json)

@@ -8,23 +8,29 @@ from typing import TYPE_CHECKING
 
 from runbooks.commands.common import (
     add_inventory,
+    add_order,
     add_parameters,
     add_runbook,
     columns,
     given_inventory,
+    given_order,
     given_parameters,
 )
 from runbooks.errors import Problem, Stopped
 
 if TYPE_CHECKING:
     from runbooks.cli import Parser
-    from runbooks.engine import Request
+    from runbooks.request import Request
 
 
 def arguments(parser: Parser) -> None:
     add_runbook(parser)
     add_inventory(parser)
     parser.add_argument("--yes", action="store_true", help="do not ask before the first step")
+    parser.add_argument(
+        "--plan", metavar="HASH", help="carry out this plan, and refuse when the world has changed since"
+    )
+    add_order(parser)
     add_parameters(parser)
 
 
@@ -32,24 +38,26 @@ def main(arguments: argparse.Namespace) -> int:
     from runbooks import definition, engine
     from runbooks.commands.ending import end
     from runbooks.progress import choose
+    from runbooks.request import new_run, prepare
+    from runbooks.session import Interrupted, Session, Warm, signals
 
     runbook = definition.load(arguments.name)
-    given = given_parameters(arguments)
+    given, order = given_parameters(arguments), given_order(arguments)
     inventory = given_inventory(arguments)
-    run = engine.new_run(runbook)
-    warm = engine.Warm(run, inventory)
-    with engine.signals() as stop:
+    run = new_run(runbook)
+    warm = Warm(run, inventory)
+    with signals() as stop:
         try:
-            session = engine.Session(run, warm, choose(as_json=arguments.json), stop)
-            request = engine.prepare(runbook, inventory, given, session)
+            session = Session(run, warm, choose(as_json=arguments.json), stop, order)
+            request = prepare(runbook, inventory, given, session)
             if not arguments.yes:
                 _confirm(request)
-            state, code = engine.start(request, session)
-        except engine.Interrupted:
+            ended = engine.start(request, session)
+        except Interrupted:
             raise KeyboardInterrupt from None
         finally:
             warm.close()
-    return end(request, state, code, as_json=arguments.json)
+    return end(ended, as_json=arguments.json)
 
 
 def _confirm(request: Request) -> None:

@@ -16,6 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     from runbooks import journal as journals
+    from runbooks import outlook
 
     found = [of_inventory(arguments.inventory)] if arguments.inventory else journals.open_known()
     rows: list[dict[str, Any]] = []
@@ -30,7 +31,7 @@ def main(arguments: argparse.Namespace) -> int:
                         "environment": state.environment,
                         "who": state.who,
                         "started": state.started,
-                        "state": journals.shown_state(journal, state),
+                        "state": outlook.shown_state(journal, state),
                     }
                 )
     rows.sort(key=lambda row: row["started"])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from runbooks.engine import signals
+from runbooks.session import signals
 from runbooks.step import leftovers
 from tests.unit.runbook.place import INVENTORY, ROOT, Place, make_place
 

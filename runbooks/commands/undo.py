@@ -1,0 +1,25 @@
+"""``runbook undo``."""
+
+from __future__ import annotations
+
+import argparse
+
+from runbooks.commands.common import add_inventory, add_run, add_secrets, given_order, latest, optional_inventory
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
+    add_inventory(parser, "the run's environment, on a machine where it was not begun")
+    add_secrets(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from runbooks import engine
+    from runbooks.commands.ending import end
+    from runbooks.progress import choose
+    from runbooks.session import signals
+
+    order, inventory = given_order(arguments), optional_inventory(arguments)
+    with signals() as stop:
+        ended = engine.undo(latest(arguments.run), choose(as_json=arguments.json), stop, order, inventory)
+    return end(ended, as_json=arguments.json)
