@@ -241,15 +241,26 @@ def test_the_module_tells_who_holds_the_lease_and_who_did() -> None:
         "previous_epoch": 3,
         "gates": ["w1"],
     }
-    assert "holder: None" in result["diff"]["before"]
-    assert "holder: west" in result["diff"]["after"]
+    assert result["diff"] == {
+        "before": "epoch: 3\nlast_region: east\n",
+        "after": "epoch: 4\nlast_region: west\n",
+    }
 
 
 def test_check_mode_shows_the_holder_to_be_and_the_facts_as_they_are() -> None:
     before = StoreView(EpochRecord(3, "east"))
     result = write_lease.result_of(Outcome(True, "d", view=before, previous=before, actions=["a"]), "west", True)
     assert result["holder"] is None
-    assert "holder: west" in result["diff"]["after"]
+    assert result["diff"]["after"] == "epoch: 4\nlast_region: west\n"
+    held = StoreView(EpochRecord(3, "east"), LeaseRecord(3, "east", 7))
+    waits = write_lease.result_of(Outcome(True, "d", view=held, previous=held, actions=["a"]), "west", True)
+    assert waits["diff"] == result["diff"], "the plan is the same before and after the lost holder's lease has ended"
+
+
+def test_check_mode_shows_a_release() -> None:
+    held = StoreView(EpochRecord(3, "east"), LeaseRecord(3, "east", 7))
+    result = write_lease.result_of(Outcome(True, "d", view=held, previous=held, actions=["a"]), None, True)
+    assert result["diff"] == {"before": "holder: east\n", "after": "holder: None\n"}
 
 
 @pytest.mark.parametrize(("state", "changed"), [("observed", False), ("held", True), ("handed_over", False)])

@@ -209,6 +209,61 @@ def test_what_the_guards_saw_saves_the_operator_the_wait(scene: Scene) -> None:
     end(scene)
 
 
+def planned(scene: Scene, state: str, region: str) -> tuple[Outcome | Exception, float]:
+    """What check mode says, and after how many seconds."""
+    results: list[Outcome | Exception] = []
+    store, clock, began = scene.operator(), scene.machines["witness"].clock, scene.world.now
+    revision = scene.cluster.revision
+
+    def body() -> None:
+        try:
+            request = Request(state, region, TTL_S, wait_s=60)
+            results.append(settle(store, request, check=True, clock=clock, sleep=scene.world.sleep))
+        except LeaseError as error:
+            results.append(error)
+
+    scene.world.spawn(body)
+    while not results:
+        scene.world.run_until(scene.world.now + 0.5)
+    if scene.open_regions() == set():
+        assert scene.cluster.revision == revision, "a plan has written"
+    return results[0], scene.world.now - began
+
+
+def test_check_mode_refuses_a_holder_that_lives(scene: Scene) -> None:
+    said, seconds = planned(scene, "held", "west")
+    assert "keeps renewing" in str(said)
+    assert seconds <= holding.CHECK_S * TTL_S
+    assert scene.open_regions() == {"east"}
+    end(scene)
+
+
+def test_check_mode_plans_to_wait_for_a_holder_that_is_lost_and_changes_nothing(scene: Scene) -> None:
+    scene.world.cut.add("east")
+    scene.world.run_until(scene.world.now + 3)
+    early, seconds = planned(scene, "held", "west")
+    assert isinstance(early, Outcome)
+    assert (early.changed, early.method, early.view.epoch) == (True, "expired", early.previous.epoch)
+    assert early.actions[0].startswith("wait: east holds epoch 1")
+    assert seconds <= holding.CHECK_S * TTL_S
+    scene.world.run_until(scene.world.now + 2 * TTL_S)
+    late, _ = planned(scene, "held", "west")
+    assert isinstance(late, Outcome)
+    assert (late.changed, late.method) == (True, "expired")
+    end(scene)
+
+
+def test_check_mode_of_a_hand_over_asks_nobody(scene: Scene) -> None:
+    said, seconds = planned(scene, "handed_over", "west")
+    assert isinstance(said, Outcome)
+    assert (said.changed, said.method) == (True, "handed_over")
+    assert said.actions == ["ask east to hand epoch 1 over to west"]
+    assert seconds < 2
+    scene.world.run_until(scene.world.now + 5)
+    assert scene.open_regions() == {"east"}
+    end(scene)
+
+
 def test_a_hand_over_that_cannot_ship_touches_nothing(scene: Scene) -> None:
     scene.patroni["east"].peer = None
     scene.world.run_until(scene.world.now + 8)

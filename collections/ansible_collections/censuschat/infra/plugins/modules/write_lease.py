@@ -32,6 +32,8 @@ attributes:
   check_mode:
     details:
       - The plan of one observation. A wait is reported as a change, because the lease would be taken after it.
+      - With O(state=held) another region's lease is watched for up to 0.6 O(ttl_s), so that a holder that renews is
+        refused as it would be without check mode.
       - On a node that has no certificate yet the plan is that of a new environment, with a warning.
 options:
   state:
@@ -173,6 +175,7 @@ previous_epoch:
 method:
   description:
     - How the right to write was proven to be free, one of V(already_held), V(expired), V(handed_over), V(never_held).
+    - In check mode, how it would be.
   returned: success
   type: str
   sample: expired
@@ -226,7 +229,12 @@ def facts_of(view: StoreView) -> dict[str, Any]:
 
 def result_of(outcome: Outcome, holder: str | None, check_mode: bool) -> dict[str, Any]:
     before, after = facts_of(outcome.previous), facts_of(outcome.view)
-    shown = {**after, "holder": holder} if check_mode and outcome.changed else after
+    shown = after
+    if check_mode and outcome.changed:
+        taken = {"epoch": before["epoch"] + 1, "last_region": holder} if holder not in (None, before["holder"]) else {}
+        shown = {**after, "holder": holder, **taken}
+    # Whether a lost holder's lease has ended yet is a matter of seconds, and no part of what changes.
+    names = ("epoch", "last_region") if holder else ("holder",)
     return {
         **after,
         "changed": outcome.changed,
@@ -236,7 +244,7 @@ def result_of(outcome: Outcome, holder: str | None, check_mode: bool) -> dict[st
         "waited_s": outcome.waited_s,
         "actions": outcome.actions,
         "msg": outcome.detail,
-        "diff": {"before": _lines(before), "after": _lines(shown)},
+        "diff": {"before": _lines(before, names), "after": _lines(shown, names)},
     }
 
 
@@ -259,8 +267,8 @@ def bare_plan(state: str, region: str | None) -> Outcome:
     return Outcome(changed=True, actions=[f"take the lease for {region} (nobody ever held it)"], method="never_held")
 
 
-def _lines(facts: dict[str, Any]) -> str:
-    return "".join(f"{name}: {facts[name]}\n" for name in ("holder", "epoch", "last_region"))
+def _lines(facts: dict[str, Any], names: tuple[str, ...]) -> str:
+    return "".join(f"{name}: {facts[name]}\n" for name in names)
 
 
 def main() -> None:

@@ -12,6 +12,10 @@ from typing import Any, Protocol, TypeAlias
 from .model import HandOver, LeaseError, LeaseRecord, StoreView, boottime
 from .quiet import QuietWatch
 
+CHECK_S, QUIET_S = 0.6, 0.35
+"""Parts of a lease's time to live. In check mode a holder is watched for the first: guards renew five times in a time
+to live at least, so one that lives renews often enough meanwhile to be refused. One that is quiet for the second does
+not live."""
 RENEWALS_TO_REFUSE = 3
 """Renewals seen while waiting after which the holder counts as alive. One or two may have been under way."""
 
@@ -157,7 +161,9 @@ def _decide_released(view: StoreView, request: Request) -> Decision:
     if lease is None:
         return Done("nobody holds it")
     if lease.region != request.region:
-        return Refuse(f"{lease.region} holds the lease with epoch {lease.epoch}: it is not {request.region}'s to release")
+        return Refuse(
+            f"{lease.region} holds the lease with epoch {lease.epoch}: it is not {request.region}'s to release"
+        )
     if view.open_gates() or view.active_handover():
         nodes = ", ".join(sorted(gate.node for gate in view.open_gates())) or "a hand-over"
         return Refuse(
@@ -302,7 +308,7 @@ def settle(
 ) -> Outcome:
     """Bring the lease to what the request wants. Raises LeaseError (a refusal) or etcd.EtcdError.
 
-    check: decide once and change nothing. confirm_s: how long the region's guards may take, after a change, to open
+    check: decide and change nothing, after having watched whether a holder lives. confirm_s: how long the region's guards may take, after a change, to open
     their first gate; a lease that no guard renews would end again by itself. seen: what the guard of this machine has
     noted about the holder's gates (QuietWatch), which saves the wait.
     """
@@ -320,9 +326,14 @@ def settle(
             break
         if isinstance(decision, Refuse):
             raise LeaseError(decision.detail)
+        if check and _undecided(decision, view, request, waiting):
+            sleep(poll_s)
+            view = store.observe()
+            continue
         if check:
             outcome.changed = True
             outcome.actions.append(outcome.detail)
+            outcome.method = _method(outcome.previous, decision, request)
             return outcome
         if isinstance(decision, Wait):
             sleep(poll_s)
@@ -330,7 +341,7 @@ def settle(
             outcome.changed = True
             outcome.actions.append(outcome.detail)
             if _carry_out(store, decision, view, request):
-                outcome.method = _method(outcome.previous, decision)
+                outcome.method = _method(outcome.previous, decision, request)
                 outcome.waited_s = round(clock() - began, 2)
         view = store.observe()
     if outcome.changed and view.lease is not None and confirm_s > 0:
@@ -369,10 +380,19 @@ def _carry_out(store: Store, decision: Decision, view: StoreView, request: Reque
     return False
 
 
-def _method(previous: StoreView, decision: Decision) -> str:
+def _undecided(decision: Decision, view: StoreView, request: Request, waiting: Waiting) -> bool:
+    """Whether a moment more would show that the holder lives, so that the request would be refused."""
+    if not isinstance(decision, Wait) or request.state != "held" or view.lease is None:
+        return False
+    quiet = waiting.renewals_seen == 0 and waiting.elapsed_s > QUIET_S * request.ttl_s
+    return not quiet and waiting.elapsed_s < CHECK_S * request.ttl_s
+
+
+def _method(previous: StoreView, decision: Decision, request: Request) -> str:
     if previous.epoch is None:
         return "never_held"
-    return "handed_over" if isinstance(decision, Swap) else "expired"
+    handed = isinstance(decision, Swap) or (request.state == "handed_over" and not isinstance(decision, TakeIt))
+    return "handed_over" if handed else "expired"
 
 
 def _text(decision: Decision, request: Request) -> str:
