@@ -30,8 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("runbooks.commands.keys", "make and show signing keys"),
     "docs": ("runbooks.commands.docs", "the documentation page of a runbook"),
     "generate": ("runbooks.commands.generate", "write what the definitions yield: playbooks, pages, AWX objects"),
+    "event": ("runbooks.commands.event", "take alerts in, and show what the witnesses say"),
     "notify": ("runbooks.commands.notify", "test receivers, say again what nobody acknowledged, acknowledge"),
     "serve": ("runbooks.commands.serve", "the console: history and live progress in a browser"),
+    "evidence": ("runbooks.commands.evidence", "whether the journal is what was written, and proof of it"),
     "report": ("runbooks.commands.report", "measure again and write the report of a run"),
 }
 """Name -> module and help. A module has ``arguments(parser)`` and ``main(arguments) -> exit code``."""

@@ -81,7 +81,10 @@ KINDS: Mapping[str, Kind] = {
     "dead": Kind("runbook resume {run}", at_least="high"),
     "escalated": Kind("runbook notify ack {run}", severity="critical"),
     "acknowledged": Kind("runbook status {run}", severity="normal", page="acknowledge"),
-    "proposed": Kind("runbook status {run}", at_least="high"),
+    "proposed": Kind("runbook event show", at_least="high"),
+    "planned": Kind("runbook event show", severity="normal"),
+    "triggered": Kind("runbook runs", at_least="high"),
+    "withdrawn": Kind("runbook event show", severity="normal", page="resolve"),
     "test": Kind("runbook notify test --help", severity="low"),
 }
 
