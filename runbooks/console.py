@@ -42,6 +42,8 @@ CLIENTS = 128
 """Connections at one time; who comes later is asked to try again."""
 SESSION_S = 12 * 3600.0
 """Seconds that a browser is remembered for."""
+KEPT_S = 300.0
+"""Seconds after which the report of a run that has ended is made again, with what its clients and the chain say then."""
 SESSIONS = 64
 REPORTS = 32
 PAGE_ROWS = 50
@@ -147,10 +149,12 @@ class Row:
 
 @dataclass(slots=True)
 class Shelf:
-    """One environment's journal, and what was read of it. head: the position of its newest record."""
+    """One environment's journal, and what was read of it. head: the position of its newest record. since: of a run,
+    the head at which it was read last."""
 
     journal: Journal
     head: int = 0
+    since: dict[str, int] = field(default_factory=dict)
     states: dict[str, RunState] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
     fault: str = ""
@@ -218,14 +222,17 @@ class Desk:
                 # Plans and alerts have records under names of their own, without a run.
                 with contextlib.suppress(Problem, ValueError, KeyError):
                     shelf.states[run] = shelf.journal.state(run)
-            shelf.head = head
-            order = shelf.journal.runs()
+                    shelf.since[run] = head
+            order = [run for run in shelf.journal.runs() if run in shelf.states] if runs else list(shelf.rows)
             rows = {}
-            for run in order:
-                state = shelf.states.get(run)
-                if state is not None:
-                    rows[run] = self._row(shelf.journal, state, newest=run == order[-1])
-            shelf.rows, shelf.fault = rows, ""
+            for number, run in enumerate(order, 1):
+                known = shelf.rows.get(run)
+                newest = number == len(order)
+                # Whether a running one still lives, no record says.
+                if known is None or run in runs or shelf.states[run].state == "running" or (known.next and not newest):
+                    known = self._row(shelf.journal, shelf.states[run], newest=newest)
+                rows[run] = known
+            shelf.rows, shelf.head, shelf.fault = rows, head, ""
         except Problem as problem:
             shelf.fault = problem.what
 
@@ -284,14 +291,17 @@ class Desk:
         row = shelf.rows[run]
         running = row.state == "running"
         # A page that shows passing time is made again each second, for whoever has no script to count it.
-        version = f"{shelf.head} {row.state} {int(time.time()) if running else ''}"
+        version = f"{shelf.since[run]} {row.state} {int(time.time() / (1 if running else KEPT_S))}"
         # Ansible's templates are not made for several threads, and nobody gains from the same work twice.
         with self._building:
             known = self._reports.get(run)
             if known is None or known[0] != version:
                 runbook, _ = report.definition_of(row.runbook)
                 environment = None if running else self._environment(row.environment, shelf.states[run].inventory)
-                known = version, report.build(shelf.journal, run, runbook, environment, measure=not running)
+                known = (
+                    version,
+                    report.build(shelf.journal, run, runbook, environment, measure=not running, verify=not running),
+                )
                 self._reports[run] = known
                 while len(self._reports) > REPORTS:
                     self._reports.popitem(last=False)

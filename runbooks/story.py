@@ -118,12 +118,7 @@ def _unknown(story: Story, record: Record, data: Data) -> Told:
 
 def _started(story: Story, record: Record, data: Data) -> Told:
     _holder(story, record, data, "started")
-    story.authority = {
-        "plan": data.get("plan"),
-        "approvals": data.get("approvals") or [],
-        "needed": data.get("approvals_needed"),
-        "lifted": bool(data.get("approvals_lifted")),
-    }
+    _authorised(story, data)
     door = story.holders[-1]["door"]
     return f"Run started{f' by {door}' if door else ''}, by {_who(data)}", ""
 
@@ -135,7 +130,18 @@ def _resumed(story: Story, record: Record, data: Data) -> Told:
             if attempt.ended is None and attempt.outcome is None:
                 attempt.outcome = "died"
     _holder(story, record, data, "resumed")
+    if "plan" in data:
+        _authorised(story, data)
     return f"Run resumed, by {_who(data)}", "warn"
+
+
+def _authorised(story: Story, data: Data) -> None:
+    story.authority = {
+        "plan": data.get("plan"),
+        "approvals": data.get("approvals") or [],
+        "needed": data.get("approvals_needed"),
+        "lifted": bool(data.get("approvals_lifted")),
+    }
 
 
 def _holder(story: Story, record: Record, data: Data, how: str) -> None:
@@ -169,18 +175,14 @@ def _step_finished(story: Story, record: Record, data: Data) -> Told:
     for effect in step.effects:
         # A step that tells its outcome has waited for its tasks: what has no outcome of its own did nothing.
         effect.open = effect.open and data.get("outcome") in ("interrupted", "timed out")
-    step.gates += [
-        {**_filled(gate, "when", "title", "outcome", "says"), "at": record.wall}
-        for gate in data.get("gates") or []
-        if isinstance(gate, Mapping)
-    ]
     return _ending(f"{record.step}", data), _level(data)
 
 
 def _undo_started(story: Story, record: Record, data: Data) -> Told:
     step = story.step(record.step)
     step.attempts.append(Attempt(record.wall, undo=True))
-    step.undo = {"started": record.wall, "ended": None, "outcome": None, "says": _short(data.get("says", ""))}
+    step.undo = {"started": record.wall, "ended": None, "outcome": None, "failures": []}
+    step.undo["says"] = str(data.get("title") or data.get("says") or "")
     return f"Undo of {record.step} began", "warn"
 
 
@@ -211,7 +213,7 @@ def _ending(what: str, data: Data) -> str:
 
 
 def _level(data: Data) -> str:
-    return {"ok": "good", "interrupted": "warn"}.get(str(data.get("outcome")), "bad")
+    return {"ok": "good", "interrupted": "warn", "told": "warn"}.get(str(data.get("outcome")), "bad")
 
 
 def _effect_intended(story: Story, record: Record, data: Data) -> Told:
@@ -233,23 +235,22 @@ def _effect_done(story: Story, record: Record, data: Data) -> Told:
         effect = Effect(task, host, str(data.get("action", "")), None)
         step.effects.append(effect)
     effect.done, effect.open, effect.changed = record.wall, False, bool(data.get("changed"))
-    effect.failed, effect.diff = bool(data.get("failed")), _diff(data.get("diff"))
+    effect.failed = bool(data.get("failed") or data.get("unreachable"))
+    effect.diff = _diff(data.get("diff"))
     effect.action = effect.action or str(data.get("action", ""))
     return "", ""
 
 
 def _diff(diff: Any) -> str:
-    """A diff as text, whichever way it was recorded."""
-    if not diff:
-        return ""
-    if isinstance(diff, list):
-        return "\n".join(filter(None, map(_diff, diff)))
-    if isinstance(diff, Mapping):
-        lines = []
-        for sign, key in (("-", "before"), ("+", "after")):
-            lines += [f"{sign} {line}" for line in str(diff.get(key) or "").splitlines()]
-        return "\n".join(lines) or "\n".join(f"{key}: {value}" for key, value in diff.items())
-    return str(diff)
+    """What differs, one line each: its name, and how many lines came and went. The lines themselves are not kept."""
+    lines = []
+    for one in diff if isinstance(diff, list) else [diff] if diff else []:
+        if isinstance(one, Mapping):
+            counts = [f"{sign}{one[key]}" for sign, key in (("+", "added"), ("-", "removed")) if one.get(key)]
+            lines.append(" ".join([str(one.get("what") or ""), *counts]).strip())
+        else:
+            lines.append(str(one))
+    return "\n".join(filter(None, lines))
 
 
 def _plan_made(story: Story, record: Record, data: Data) -> Told:
@@ -333,6 +334,13 @@ def _acknowledged(story: Story, record: Record, data: Data) -> Told:
 
 def _note(story: Story, record: Record, data: Data) -> Told:
     text = str(data.get("text") or data.get("says") or "")
+    gate = data.get("gate")
+    if isinstance(gate, Mapping):
+        told = _filled(gate, "when", "title", "outcome", "says", "elapsed_s")
+        story.step(record.step).gates.append({**told, "at": record.wall})
+        return f"Gate {told['when'] or ''} {record.step}: {_short(text)}", _level(gate)
+    if not text:
+        return "", ""
     story.notes.append({"at": record.wall, "step": record.step, "text": text})
     return f"Note: {_short(text)}", ""
 

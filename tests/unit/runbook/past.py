@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runbooks import locks
 from runbooks.journal import Journal
+from runbooks.lock_stores import open_store
 from tests.unit.runbook.place import INVENTORY
 
 STEPS = ("look", "paint", "admire")
@@ -15,7 +17,7 @@ HASH = "5f1d" * 16
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
-def start(inventory: Path = INVENTORY, **more: Any) -> dict[str, Any]:
+def start(*, inventory: Path = INVENTORY, **more: Any) -> dict[str, Any]:
     """The data of a start of the runbook paint."""
     return {
         "runbook": "paint",
@@ -26,6 +28,24 @@ def start(inventory: Path = INVENTORY, **more: Any) -> dict[str, Any]:
         "left_out": [],
         **more,
     }
+
+
+def begin(journal: Journal, run: str, *, resuming: bool = False, **more: Any) -> int:
+    """Take the environment's lock for a run and record that; its fence."""
+    process = locks.Process.current()
+    wish = locks.Wish(journal.environment, (locks.ENVIRONMENT,), run, "paint", process, 60.0, resuming)
+    fence = locks.acquire(open_store(journal), wish, lambda known: journal.state(known).state == "running")
+    if resuming:
+        journal.take_over(run, more, fence=fence)
+    else:
+        journal.begin(run, start(**more), fence=fence)
+    return fence
+
+
+def finish(journal: Journal, fence: int, state: Any, reason: str = "") -> None:
+    """Record a run's end and give its lock back."""
+    journal.finish(state, reason)
+    open_store(journal).change(lambda book, _now: (locks.release(book, fence), None))
 
 
 def finished(outcome: str = "ok", **more: Any) -> dict[str, Any]:
@@ -40,7 +60,7 @@ def do(journal: Journal, step: str, outcome: str = "ok", **more: Any) -> None:
 
 def effect(journal: Journal, step: str, task: str, host: str, **done: Any) -> None:
     """One task on one host, with its outcome when there is one."""
-    journal.append("effect_intended", step, {"task": task, "hosts": [host], "action": "ansible.builtin.copy"})
+    journal.append("effect_intended", step, {"task": task, "host": host, "action": "ansible.builtin.copy"})
     if done:
         journal.append("effect_done", step, {"task": task, "host": host, "action": "ansible.builtin.copy", **done})
 
@@ -51,8 +71,7 @@ def full(journal: Journal, run: str = "20270314-021500-paint-full") -> str:
     approval = {"plan": HASH, "run": "", "step": "", "key": "ed25519:" + "k" * 44, "signature": "s", "at": 1.0}
     for name in ("ada", "grace"):
         journal.record("approval_given", f"plan:{HASH}", None, {**approval, "name": name, "expires": 4102444800.0})
-    authority = {"plan": HASH, "approvals": ["ada", "grace"], "approvals_needed": 2, "approvals_lifted": False}
-    journal.begin(run, start(**authority))
+    fence = begin(journal, run, plan=HASH, approvals=["ada", "grace"], approvals_needed=2, approvals_lifted=False)
     journal.record("emergency_declared", run, None, {"who": "ada", "reason": "the shed burns", "expires": 4102444800.0})
     message = {"event": "started", "severity": "high", "receiver": "slack", "key": "started", "text": "paint began"}
     journal.record("notify_intended", run, None, {**message, "attempt": 1, "claim": "c1"})
@@ -61,18 +80,33 @@ def full(journal: Journal, run: str = "20270314-021500-paint-full") -> str:
     journal.append("window_checked", "look", window)
     do(journal, "look", says="It is grey")
     journal.append("step_started", "paint", {"budget_s": 1})
-    effect(journal, "paint", "Put the paint on", "here1", changed=True, diff="- grey\n+ red")
-    effect(journal, "paint", "Put the paint on", "here2", changed=True, diff="- grey\n+ red")
+    effect(
+        journal,
+        "paint",
+        "Put the paint on",
+        "here1",
+        changed=True,
+        diff=[{"what": "/shed/wall", "added": 2, "removed": 1}],
+    )
+    effect(
+        journal,
+        "paint",
+        "Put the paint on",
+        "here2",
+        changed=True,
+        diff=[{"what": "/shed/wall", "added": 2, "removed": 1}],
+    )
     effect(journal, "paint", "Close the bucket", "here1", changed=False)
-    gates = [{"when": "after", "title": "The paint is dry", "outcome": "ok", "says": "dry to the touch"}]
-    journal.append("step_finished", "paint", finished(says="Two walls are red", gates=gates))
+    gate = {"when": "after", "title": "The paint is dry", "outcome": "ok", "says": "dry to the touch"}
+    journal.append("note", "paint", {"text": "gate The paint is dry: dry to the touch", "gate": gate})
+    journal.append("step_finished", "paint", finished(says="Two walls are red"))
     journal.append("step_started", "admire", {"budget_s": 10})
     effect(journal, "admire", "Look at it", "here1", changed=False, failed=True)
     failure = {"host": "here1", "task": "Look at it", "message": "it drips\non the floor"}
     journal.append("step_finished", "admire", finished("failed", failures=[failure]))
     journal.append("undo_started", "paint", {"title": "Take the paint off"})
     journal.append("undo_finished", "paint", finished(says="Grey again"))
-    journal.finish("failed", "Admire it: here1: Look at it: it drips")
+    finish(journal, fence, "failed", "Admire it: here1: Look at it: it drips")
     journal.record("acknowledged", run, None, {"name": "ada", "key": "failed"})
     return run
 
@@ -96,11 +130,11 @@ def plan() -> dict[str, Any]:
 
 def ended(journal: Journal, run: str, state: Any, reason: str = "", steps: tuple[str, ...] = STEPS) -> str:
     """A run that ended so, after these steps."""
-    journal.begin(run, start())
+    fence = begin(journal, run)
     for step in steps:
         changed = [{"task": "Put the paint on", "hosts": ["here1", "here2"]}] if step == "paint" else []
         do(journal, step, changed=changed)
-    journal.finish(state, reason)
+    finish(journal, fence, state, reason)
     return run
 
 
@@ -109,7 +143,7 @@ def dead(journal: Journal, run: str) -> str:
     code = (
         "import os, pathlib, sys\nfrom runbooks.journal import Journal\nfrom tests.unit.runbook import past\n"
         f"journal = Journal(pathlib.Path({str(journal.location)!r}), {journal.environment!r})\n"
-        f"journal.begin({run!r}, past.start())\n"
+        f"past.begin(journal, {run!r})\n"
         "past.do(journal, 'look')\n"
         "journal.append('step_started', 'paint', {'budget_s': 10})\n"
         "past.effect(journal, 'paint', 'Put the paint on', 'here1', changed=True)\n"
@@ -123,19 +157,22 @@ def dead(journal: Journal, run: str) -> str:
 
 def hostile(journal: Journal, run: str = "20270314-050000-paint-evil") -> str:
     """A run of which every text is an attack on the page."""
-    journal.begin(run, start(parameters={HOSTILE: HOSTILE}, left_out=[HOSTILE]))
+    fence = begin(journal, run, parameters={HOSTILE: HOSTILE}, left_out=[HOSTILE])
     journal.append("step_started", "look", {})
-    effect(journal, "look", HOSTILE, HOSTILE, changed=True, diff=HOSTILE)
+    effect(journal, "look", HOSTILE, HOSTILE, changed=True, diff=[{"what": HOSTILE, "added": 1}])
     gate = {"when": HOSTILE, "title": HOSTILE, "outcome": HOSTILE, "says": HOSTILE}
+    journal.append("note", "look", {"text": HOSTILE, "gate": gate})
     failure = {"host": HOSTILE, "task": HOSTILE, "message": HOSTILE}
-    journal.append("step_finished", "look", finished(HOSTILE, says=HOSTILE, failures=[failure], gates=[gate]))
+    journal.append("step_finished", "look", finished(HOSTILE, says=HOSTILE, failures=[failure]))
+    journal.append("undo_started", "look", {"title": HOSTILE})
+    journal.append("undo_finished", "look", finished(HOSTILE, says=HOSTILE, failures=[failure]))
     message = dict.fromkeys(("event", "severity", "receiver", "key", "text"), HOSTILE)
     journal.record("notify_intended", run, None, message)
     journal.record("notify_done", run, None, {**message, "outcome": HOSTILE, "detail": HOSTILE})
-    journal.record("emergency_declared", run, None, {"who": HOSTILE, "reason": HOSTILE, "expires": HOSTILE})
+    journal.record("emergency_declared", run, None, {"who": HOSTILE, "reason": HOSTILE, "expires": 4102444800.0})
     journal.record("approval_given", run, None, {"plan": HOSTILE, "name": HOSTILE, "key": HOSTILE})
     journal.record("acknowledged", run, None, {"name": HOSTILE})
     journal.record("note", run, None, {"text": HOSTILE})
     journal.append("window_checked", "look", {"open": False, "why": HOSTILE})
-    journal.finish("failed", HOSTILE)
+    finish(journal, fence, "failed", HOSTILE)
     return run
