@@ -146,8 +146,10 @@ def take(book: Book, wish: Wish, now: float, gone: Collection[int]) -> tuple[Boo
     held = dict(book.held)
     for name, holder in book.held.items():
         state = standing(holder, now, holder.fence in gone)
-        own = wish.resuming and holder.run == wish.run
-        if state != "active" and (own or holder.fence in wish.over):
+        own = holder.run == wish.run
+        # What this very process wrote is a taking of its own whose answer was lost on the way.
+        free = state != "active" and ((own and wish.resuming) or holder.fence in wish.over)
+        if free or (own and holder.process == wish.process):
             del held[name]
         elif own or any(in_the_way(name, wanted) for wanted in wish.names):
             raise _refused(wish, name, holder, state)
