@@ -43,7 +43,7 @@ CLIENTS = 128
 SESSION_S = 12 * 3600.0
 """Seconds that a browser is remembered for."""
 KEPT_S = 300.0
-"""Seconds after which the report of a run that has ended is made again, with what its clients and the chain say then."""
+"""Seconds after which the report of a run that has ended is made again: its ledgers or the chain may say more."""
 SESSIONS = 64
 REPORTS = 32
 PAGE_ROWS = 50
@@ -298,10 +298,9 @@ class Desk:
             if known is None or known[0] != version:
                 runbook, _ = report.definition_of(row.runbook)
                 environment = None if running else self._environment(row.environment, shelf.states[run].inventory)
-                known = (
-                    version,
-                    report.build(shelf.journal, run, runbook, environment, measure=not running, verify=not running),
-                )
+                ended = not running
+                built = report.build(shelf.journal, run, runbook, environment, measure=ended, verify=ended)
+                known = version, built
                 self._reports[run] = known
                 while len(self._reports) > REPORTS:
                     self._reports.popitem(last=False)

@@ -114,7 +114,9 @@ def _evidence(journal: Journal, run: str, environment: Environment | None) -> di
         part = links if whole else [link for link in links if own[0].seq <= link.seq <= own[-1].seq]
         chain = evidence.Chain(journal.environment, "the journal", part, whole=whole)
         known = evidence.by_public(trusted or evidence.own_keys())
-        judged = evidence.judge(chain, known, [anchors.parse(each) for each in documents], run=run)
+        low, high = (1, None) if whole else (own[0].seq, own[-1].seq)
+        seen = evidence.look([anchors.parse(each) for each in documents], journal.environment, low, high)
+        judged = evidence.judge(chain, known, seen, run=run)
     except Problem as problem:
         return _told("warn", "not verified", f"{problem.what}.", [], {})
     head = links[-1]
@@ -129,13 +131,9 @@ def _evidence(journal: Journal, run: str, environment: Environment | None) -> di
     if faults:
         return _told("bad", "broken", "The journal is not what its writers wrote.", faults, facts)
     if judged.anchored is None:
-        text = (
-            "Nothing was edited, taken out, put in or moved. Without an anchor, the end could have been cut off unseen."
-        )
+        text = "Nothing was edited, taken out, put in or moved. Whether the end was cut off, only an anchor could tell."
         return _told("good", "holds", text, [], facts)
-    text = (
-        f"Nothing was edited, taken out, put in, moved or cut off, up to record {judged.anchored}, which is anchored."
-    )
+    text = f"Nothing was edited, taken out, put in, moved or cut off, up to the anchored record {judged.anchored}."
     return _told("good", "holds", text, [], facts)
 
 
