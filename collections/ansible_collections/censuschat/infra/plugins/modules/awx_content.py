@@ -13,9 +13,9 @@ description:
   - Takes the whole wanted content of one organization (projects, inventories, credential types, execution environments,
     job and workflow templates with their surveys, nodes, approvals and schedules, notification templates, instance
     groups) and makes the AWX hold exactly that.
-  - Everything is checked before anything is touched, and all problems are listed. These are unknown fields, wrong types,
-    references to what is neither wanted nor there, surveys, rules and answers that AWX would refuse, and workflows whose
-    nodes lead nowhere or in a circle.
+  - Everything is checked before anything is touched, and all problems are listed. These are unknown fields, wrong
+    types, references to what is neither wanted nor there, surveys, rules and answers that AWX would refuse, and
+    workflows whose nodes lead nowhere or in a circle.
   - Objects refer to each other by name. A field that is left out has AWX's default; organizations and instance groups
     are changed only in what is given.
   - Nodes of a workflow that are not wanted are removed. Other objects are only removed with O(prune).
@@ -34,15 +34,21 @@ options:
       - The wanted content. A mapping with V(organization) (a name, or a mapping with V(name) and V(description)) and a
         list for each of V(credential_types), V(credentials), V(execution_environments), V(instance_groups),
         V(projects), V(inventories), V(notification_templates), V(job_templates) and V(workflow_job_templates).
-      - The fields are those of AWX's API, with names in the place of ids, and C(extra_vars) and C(variables) as mappings.
+      - The fields are those of AWX's API, with names in the place of ids, and C(extra_vars) and C(variables) as
+        mappings.
       - An inventory has its V(hosts), V(groups) and V(sources) within, a template its V(survey) and V(schedules), a
         workflow template its V(nodes). A node has an V(identifier), one of V(job_template), V(workflow) and V(approval)
         (a mapping with V(name), V(description) and V(timeout) in seconds), and the identifiers that V(success),
         V(failure) and V(always) lead to.
-      - Secrets (entries of V(inputs) and V(notification_configuration)) never show in results and diffs. One that is
-        left out stays as it is in the AWX.
     type: dict
     required: true
+  secrets:
+    description:
+      - Secret entries of credentials' V(inputs) and of notification templates' V(notification_configuration), as kind
+        (V(credentials), V(notification_templates)), name, entry, value. They never show in results and diffs.
+      - One that is left out stays as it is in the AWX. A secret in O(content) is refused.
+    type: dict
+    default: {}
   controller_host:
     description: Address of the AWX. Without it that of the environment variable E(CONTROLLER_HOST).
     type: str
@@ -175,6 +181,7 @@ def main() -> None:
     module = QuietModule(
         argument_spec={
             "content": {"type": "dict", "required": True},
+            "secrets": {"type": "dict", "default": {}, "no_log": True},
             "controller_host": {
                 "type": "str",
                 "aliases": ["tower_host"],
@@ -210,7 +217,7 @@ def main() -> None:
     try:
         if not given["controller_host"]:
             raise AwxError("The AWX's address is not given: set controller_host (CONTROLLER_HOST)")
-        wanted = things(given["content"])
+        wanted = things(given["content"], given["secrets"])
         client = Client(
             given["controller_host"],
             token=given["controller_oauth_token"] or "",

@@ -128,8 +128,8 @@ class Client:
             except urllib3.exceptions.HTTPError as error:
                 if _certificate(error):
                     raise AwxError(
-                        f"The certificate of the AWX at {self.host} is not trusted ({_last(error)}): give its authority "
-                        "(ca_path), or the right address"
+                        f"The certificate of the AWX at {self.host} is not trusted ({_last(error)}): give its "
+                        "authority (ca_path), or the right address"
                     ) from error
                 fault = _last(error)
                 again = method == "GET" or isinstance(error, urllib3.exceptions.NewConnectionError)
@@ -167,8 +167,8 @@ class Client:
         if answer.status >= 500:
             return Refusal(
                 answer.status,
-                f"The AWX at {self.host} failed at {method} {path} (HTTP {answer.status}): look into the log of its web "
-                "container, then run this again",
+                f"The AWX at {self.host} failed at {method} {path} (HTTP {answer.status}): look into the log of its "
+                "web container, then run this again",
             )
         if answer.status == 403:
             return Refusal(

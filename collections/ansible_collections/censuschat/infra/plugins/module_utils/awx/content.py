@@ -153,7 +153,7 @@ class Awx:
     def apply(self, steps: Sequence[Step], wanted: Mapping[Key, Thing], there: Observed, wait_s: float) -> None:
         """Make the changes, in their order; wait_s: how long a project may take to be fetched.
 
-        Raises AwxError with the first one that fails: what was done before it stays, and another run goes on from there.
+        Raises AwxError with the first one that fails: what was done before it stays, and another run goes on there.
         """
         ids: dict[Key, int] = {key: thing.id for key, thing in there.things.items()}
         edges: list[tuple[Step, Thing]] = []
@@ -165,7 +165,13 @@ class Awx:
                 elif step.verb == "delete":
                     self.client.request("DELETE", f"{KINDS[step.key[0]].endpoint}/{ids[step.key]}")
                 else:
-                    self._write(step, wanted[step.key], there.things.get(step.key), ids, wanted)
+                    self._write(
+                        step,
+                        wanted[step.key],
+                        there.things.get(step.key),
+                        ids,
+                        secret_names(wanted[step.key], wanted, there),
+                    )
                     if step.key[0] in ("node", "group"):
                         edges.append((step, wanted[step.key]))
             except Refusal as refusal:
@@ -179,11 +185,8 @@ class Awx:
     def _id(self, kind: str, name: str, ids: Mapping[Key, int]) -> int:
         return ids.get((kind, name)) or self._ids[kind, name]
 
-    def _write(
-        self, step: Step, thing: Thing, found: Thing | None, ids: dict[Key, int], wanted: Mapping[Key, Thing]
-    ) -> None:
+    def _write(self, step: Step, thing: Thing, found: Thing | None, ids: dict[Key, int], secrets: set[str]) -> None:
         kind = thing.kind
-        secrets = secret_names(thing, wanted, found)
         body: dict[str, Any] = {}
         for name, (_, value) in step.fields.items():
             spec = kind.fields[name]
@@ -216,7 +219,7 @@ class Awx:
             self._approval(path, step.fields["approval"][1], found)
         if kind.name not in ("node", "group"):
             for name, (before, after) in step.many.items():
-                self._associate(f"{path}/{name}", kind.many[name], before, after, name in kind.ordered, ids)
+                self._associate(f"{path}/{name}", kind.many[name], (before, after), name in kind.ordered, ids)
 
     def _place_of(self, thing: Thing, body: dict[str, Any], ids: Mapping[Key, int]) -> str:
         """Where the object is created; what it belongs to goes into the body."""
@@ -248,11 +251,11 @@ class Awx:
         self,
         path: str,
         kind: str,
-        before: Sequence[str],
-        after: Sequence[str],
+        names: tuple[Sequence[str], Sequence[str]],
         ordered: bool,
         ids: Mapping[Key, int],
     ) -> None:
+        before, after = names
         if kind == "label":
             labels = {str(row["name"]): int(row["id"]) for row in self.client.list(path)}
             for name in after:
@@ -275,7 +278,8 @@ class Awx:
             for target in sorted(set(before) - set(after)) if remove else sorted(set(after) - set(before)):
                 key = (thing.kind.many[name], thing.key[1], target)
                 if key in ids:
-                    self.client.request("POST", path, {"id": ids[key], **({"disassociate": True} if remove else {})})
+                    body = {"id": ids[key], **({"disassociate": True} if remove else {})}
+                    self.client.request("POST", path, body)
 
     def _synchronise(
         self, project: str, began: bool, wanted: Mapping[Key, Thing], ids: Mapping[Key, int], wait_s: float
@@ -288,20 +292,20 @@ class Awx:
         while (status := str(self.client.get(path)["status"])) in BUSY:
             if time.monotonic() > deadline:
                 raise AwxError(
-                    f"project {project} is still {status} after {wait_s:g} s: see Projects / {project} / Jobs in the AWX, "
-                    "give it more time (wait_s), then run this again"
+                    f"project {project} is still {status} after {wait_s:g} s: see its jobs in the AWX, give it more "
+                    "time (wait_s), then run this again"
                 )
             time.sleep(1)
         if status != "successful":
             raise AwxError(
-                f"project {project} could not be fetched by the AWX (status {status}): Projects / {project} / Jobs there "
-                "has git's own words; put it right, then run this again"
+                f"project {project} could not be fetched by the AWX (status {status}): its jobs there have git's own "
+                "words; put it right, then run this again"
             )
         needed = {str(t.values["playbook"]) for t in wanted.values() if t.values.get("project") == project}
         missing = sorted(needed - self._playbooks(self._id("project", project, ids)))
         if missing:
             raise AwxError(
-                f"project {project} has no playbook {missing[0]}: is its branch (scm_branch) the one with these runbooks?"
+                f"project {project} has no playbook {missing[0]}: is its branch (scm_branch) the one that has it?"
             )
 
 
@@ -316,7 +320,7 @@ def _thing(kind: Kind, key: Key, row: Mapping[str, Any]) -> Thing:
             values[name] = decoded(row[name]) if spec.encoded else row[name]
         else:
             values[name] = spec.default
-    thing = Thing(key, values, {}, frozenset(values), int(row["id"]))
+    thing = Thing(key, values, {}, frozenset(values), id=int(row["id"]))
     if kind.name == "node":
         runs = summary.get("unified_job_template") or {}
         of = {"job": "job_template", "workflow_job": "workflow"}.get(str(runs.get("unified_job_type")))
@@ -359,8 +363,7 @@ def run(
     there = awx.observe(wanted, wish)
     steps = plan(wanted, there, wish)
     changes = [
-        shown(step, secret_names(wanted[step.key], wanted, there.things.get(step.key)) if step.key in wanted else set())
-        for step in steps
+        shown(step, secret_names(wanted[step.key], wanted, there) if step.key in wanted else set()) for step in steps
     ]
     if steps and not check:
         awx.apply(steps, wanted, there, wait_s)
@@ -368,7 +371,7 @@ def run(
         if left:
             kept = "; ".join(f"{s.verb} {' / '.join(s.key)} ({', '.join(s.names())})" for s in left[:5])
             raise AwxError(
-                f"The AWX did not keep what it was given; still to do: {kept}{' ...' if len(left) > 5 else ''}. Somebody "
-                "else may be changing it: run this again"
+                f"The AWX did not keep what it was given; still to do: {kept}{' ...' if len(left) > 5 else ''}. "
+                "Somebody else may be changing it: run this again"
             )
     return {"changed": bool(steps), "changes": changes, "requests": client.requests}

@@ -31,8 +31,8 @@ class ContentError(Exception):
 class Field:
     """One field of a kind.
 
-    refers: the kind that its value names. encoded: AWX keeps it as JSON or YAML in a string. ours: the default is ours, AWX
-    wants to be told.
+    refers: the kind that its value names. encoded: AWX keeps it as JSON or YAML in a string. ours: the default is ours,
+    so that AWX wants to be told.
     """
 
     type: type | tuple[type, ...] = str
@@ -48,8 +48,8 @@ class Kind:
     """One kind of object.
 
     endpoint: below /api/v2. parent: the kind that it is a part of. whole: a field that is not given has its default;
-    otherwise it is left alone (objects that others own too). many: lists of names, field -> kind. ordered: those of them
-    whose order matters. created: fields that AWX takes at creation only.
+    otherwise it is left alone (objects that others own too). many: lists of names, field -> kind. ordered: those of
+    them whose order matters. identity: the field that names it among its siblings.
     """
 
     name: str
@@ -61,7 +61,6 @@ class Kind:
     parent: str = ""
     of_organization: bool = True
     whole: bool = True
-    created: frozenset[str] = frozenset()
     identity: str = "name"
 
 
@@ -323,13 +322,14 @@ _PARTS = {
 class Thing:
     """One object: its fields' values (references are names) and its lists of names. id and url: of one that is there.
 
-    given: the fields that the content names; the others have their defaults.
+    given: the fields that the content names; the others have their defaults. secret: the entries that came as secrets.
     """
 
     key: Key
     values: dict[str, Any]
     many: dict[str, list[str]] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    secret: frozenset[str] = frozenset()
     id: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -345,8 +345,14 @@ class Thing:
         return f"{self.key[0].replace('_', ' ')} {self.name}"
 
 
-def things(content: Mapping[str, Any]) -> dict[Key, Thing]:
+SECRETS = {"credentials": "inputs", "notification_templates": "notification_configuration"}
+"""Kinds with secrets, and in which of their fields these are."""
+
+
+def things(content: Mapping[str, Any], secrets: Mapping[str, Any] | None = None) -> dict[Key, Thing]:
     """The objects of a content: a mapping with ``organization`` and a list for each kind (``projects``, ...).
+
+    secrets: kind (``credentials``, ``notification_templates``) -> name -> entry -> value.
 
     Raises ContentError with everything that is unknown, missing, of a wrong type, twice, or refers to nothing that this
     content could bring (references to what only the AWX holds are for the planner).
@@ -367,9 +373,30 @@ def things(content: Mapping[str, Any]) -> dict[Key, Thing]:
             _read(found, problems, kind, item, ())
     for thing in found.values():
         problems += [f"{thing.describe()}: {problem}" for problem in _faults(thing, found)]
+    problems += _secret_faults(secrets or {}, found)
     if problems:
         raise ContentError(problems)
+    for plural, named in (secrets or {}).items():
+        for name, values in named.items():
+            thing = found[listed[plural].name, name]
+            thing.secret = frozenset(values)
+            thing.values[SECRETS[plural]] = {**thing.values[SECRETS[plural]], **values}
     return found
+
+
+def _secret_faults(secrets: Mapping[str, Any], found: Mapping[Key, Thing]) -> Iterator[str]:
+    """What is wrong with the secrets, without any of them."""
+    kinds = {kind.plural: kind.name for kind in KINDS.values()}
+    for plural, named in secrets.items():
+        if plural not in SECRETS or not isinstance(named, Mapping):
+            yield f"secrets has an unknown part {plural}; it may have {' and '.join(SECRETS)}"
+            continue
+        for name, values in named.items():
+            thing = found.get((kinds[plural], str(name)))
+            if thing is None:
+                yield f"secrets names the {kinds[plural].replace('_', ' ')} {name}, which the content does not have"
+            elif not isinstance(values, Mapping) or not all(isinstance(v, str) for v in values.values()):
+                yield f"{thing.describe()}: its secrets are not a mapping of names to texts"
 
 
 def _items(value: Any, where: str, problems: list[str]) -> Iterator[Mapping[str, Any]]:

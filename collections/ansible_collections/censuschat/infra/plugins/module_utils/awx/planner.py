@@ -43,8 +43,8 @@ class Step:
 class Wish:
     """How the content is to be brought about.
 
-    prune: delete templates with this label that are not wanted, and schedules of ours that are not. update_secrets: send
-    every secret that is given although AWX never shows whether it has changed.
+    prune: delete templates with this label that are not wanted, and schedules of ours that are not. update_secrets:
+    send every secret that is given although AWX never shows whether it has changed.
     """
 
     prune: str = ""
@@ -70,10 +70,11 @@ def plan(wanted: Mapping[Key, Thing], there: Observed, wish: Wish) -> list[Step]
     Raises ContentError when something refers to what is neither wanted nor there, or a playbook will not be there.
     """
     dangling = [problem for thing in wanted.values() for problem in _dangling(thing, wanted, there)]
+    dangling += [problem for thing in wanted.values() for problem in _open_secrets(thing, wanted, there)]
     steps: list[Step] = []
     for key, thing in sorted(wanted.items(), key=lambda item: (ORDER[item[0][0]], item[0])):
         found = there.things.get(key)
-        step = _created(thing) if found is None else _changed(thing, found, wanted, wish)
+        step = _created(thing) if found is None else _changed(thing, found, secret_names(thing, wanted, there), wish)
         if step is not None:
             steps.append(step)
     steps += _synchronised(wanted, there, steps, dangling)
@@ -95,7 +96,7 @@ def _sent(thing: Thing, name: str) -> bool:
     return name in thing.given or spec.required or spec.ours
 
 
-def _changed(thing: Thing, found: Thing, wanted: Mapping[Key, Thing], wish: Wish) -> Step | None:
+def _changed(thing: Thing, found: Thing, secrets: set[str], wish: Wish) -> Step | None:
     fields: dict[str, tuple[Any, Any]] = {}
     for name, value in thing.values.items():
         if not thing.kind.whole and name not in thing.given:
@@ -103,8 +104,7 @@ def _changed(thing: Thing, found: Thing, wanted: Mapping[Key, Thing], wish: Wish
         now = found.values.get(name, thing.kind.fields[name].default)
         if thing.key[0] == "project" and name == "local_path" and thing.values["scm_type"]:
             continue  # AWX's own choice for everything but manual projects.
-        secrets = secret_names(thing, wanted, found)
-        if _differs(name, value, now, secrets) or (wish.update_secrets and secrets & set(_flat(value))):
+        if _differs(name, value, now, secrets) or (wish.update_secrets and thing.secret & set(_flat(value))):
             fields[name] = (now, value)
     many = {}
     for name, names in thing.many.items():
@@ -120,27 +120,35 @@ def _flat(value: Any) -> Iterable[str]:
     return value.keys() if isinstance(value, Mapping) else ()
 
 
-def secret_names(thing: Thing, wanted: Mapping[Key, Thing], found: Thing | None = None) -> set[str]:
+def secret_names(thing: Thing, wanted: Mapping[Key, Thing], there: Observed) -> set[str]:
     """The entries of an object's mappings that AWX keeps encrypted."""
     if thing.key[0] == "credential":
-        kind = wanted.get(("credential_type", str(thing.values["credential_type"])))
-        if kind is not None:
-            return {f["id"] for f in kind.values["inputs"].get("fields", []) if f.get("secret")}
-        inputs = found.values.get("inputs", {}) if found else {}
-        return {name for name, value in inputs.items() if value == SECRET}
+        key = ("credential_type", str(thing.values["credential_type"]))
+        kind = wanted.get(key) or there.things.get(key)
+        fields = kind.values["inputs"].get("fields", []) if kind else []
+        return {f["id"] for f in fields if f.get("secret")} | set(thing.secret)
     if thing.key[0] == "notification_template":
         known = NOTIFICATIONS.get(str(thing.values["notification_type"]), {})
         return {name for name, entry in known.items() if entry.secret}
     return set()
 
 
+def _open_secrets(thing: Thing, wanted: Mapping[Key, Thing], there: Observed) -> Iterable[str]:
+    """Secrets that the content itself holds, which shows in logs."""
+    field_name = {"credential": "inputs", "notification_template": "notification_configuration"}.get(thing.key[0])
+    if field_name:
+        for name in sorted(secret_names(thing, wanted, there) & set(thing.values[field_name]) - thing.secret):
+            if thing.values[field_name][name] not in ("", SECRET):
+                yield f"{thing.describe()}: {name} is a secret; give it in secrets, not in the content"
+
+
 def _differs(name: str, wanted: Any, now: Any, secrets: set[str]) -> bool:
     if name in ("inputs", "notification_configuration"):
         return _mapping_differs(wanted, now, secrets)
     if name == "survey":
-        return _survey(wanted) != _survey(now)
+        return bool(_survey(wanted) != _survey(now))
     if name == "messages":
-        return _messages(wanted) != _messages(now)
+        return bool(_messages(wanted) != _messages(now))
     if name == "approval" and isinstance(wanted, Mapping) and isinstance(now, Mapping):
         return any(
             wanted.get(part, default) != now.get(part, default)
@@ -166,7 +174,7 @@ def _nothing(name: str) -> Any:
 
 
 def _survey(survey: Mapping[str, Any]) -> Any:
-    """A survey as it compares: what a question leaves out has AWX's default, and a secret default is only there or not."""
+    """A survey as it compares: what a question leaves out has AWX's default; a secret default is only there or not."""
     questions = []
     for question in survey.get("spec") or []:
         choices = question.get("choices") or []
@@ -206,7 +214,10 @@ def _dangling(thing: Thing, wanted: Mapping[Key, Thing], there: Observed) -> Ite
     ]
     if thing.key[0] not in ("group", "node"):
         references += [
-            (name, kind, n) for name, kind in thing.kind.many.items() if kind != "label" for n in thing.many[name]
+            (name, kind, value)
+            for name, kind in thing.kind.many.items()
+            if kind != "label"
+            for value in thing.many[name]
         ]
     for name, kind, value in references:
         if (kind, value) in wanted:
@@ -237,9 +248,9 @@ def _synchronised(
         missing = sorted(needed.get(project, set()) - there.playbooks.get(project, set()))
         if own is not None and not own.values["scm_type"]:
             if project in there.playbooks and missing and project not in moved:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 problems.append(
-                    f"project {project} has no playbook {missing[0]}"
-                    f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: the directory {own.values['local_path']} "
+                    f"project {project} has no playbook {missing[0]}{more}: its directory {own.values['local_path']} "
                     "below AWX's projects directory does not hold these files"
                 )
         elif project in moved:
@@ -251,19 +262,18 @@ def _synchronised(
 
 
 def _deleted(wanted: Mapping[Key, Thing], there: Observed, wish: Wish) -> list[Step]:
-    """Nodes of our workflows that are not wanted; with prune, schedules of our templates and templates with our label."""
+    """Nodes of our workflows that are not wanted; with prune, our templates' schedules and templates with our label."""
     steps = []
     for key, thing in there.things.items():
         if key in wanted:
             continue
         if key[0] == "node":
-            parent, own = ("workflow_job_template", key[1]), True
+            gone = ("workflow_job_template", key[1]) in wanted
         elif key[0] == "schedule":
-            parent, own = (key[1], key[2]), bool(wish.prune)
+            gone = bool(wish.prune) and key[1:3] in wanted
         else:
-            parent, own = (), key[0] in ("job_template", "workflow_job_template") and wish.prune in thing.many["labels"]
-            own = own and bool(wish.prune)
-        if own and (not parent or parent in wanted):
+            gone = bool(wish.prune) and wish.prune in thing.many.get("labels", ())
+        if gone:
             steps.append(Step("delete", key))
     return sorted(steps, key=lambda step: (-ORDER[step.key[0]], step.key))
 
