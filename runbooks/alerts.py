@@ -98,8 +98,13 @@ def standing(journal: Journal, environment: Environment, known: Policy, rule: Ru
     records = journal.records(place(rule.name, region))
     found = events.tally(events.votes(records), region, rule, known, now)
     decided = events.decisions(records)
-    others = [d for r in regions(environment) for d in events.decisions(journal.records(place(rule.name, r)))]
-    decision = events.decide(found, rule, region, events.since_start(others, now))
+    own = next((d for d in decided if d.incident == found.incident), None)
+    if own is not None:
+        decision = Decision(own.action, own.reason)
+    else:
+        places = [place(rule.name, other) for other in regions(environment)]
+        before = [d for other in places for d in events.decisions(journal.records(other))]
+        decision = events.decide(found, rule, region, events.since_start(before, now))
     return Standing(rule, region, found, decision, tuple(decided))
 
 
