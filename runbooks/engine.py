@@ -21,6 +21,7 @@ from runbooks.journal import Journal, LockLost, RunState, find, remember
 from runbooks.locks import Lease, Lost, Process
 from runbooks.notify import Notifier
 from runbooks.progress import Progress
+from runbooks.records import Door
 from runbooks.request import Request, compare_secrets, fingerprint, playbooks, read_secrets
 from runbooks.session import Order, Session, Stop, Warm
 from runbooks.step import end_leftovers
@@ -36,7 +37,19 @@ class Ended:
     code: int
 
 
-def start(request: Request, session: Session) -> Ended:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a run is entered: by which door, what does its work there, and what warms its playbooks up."""
+
+    door: Door = "runbook"
+    work: Callable[[Request, Journal, Session, int, Notifier], Work] = Work
+    warm: type[Warm] = Warm
+
+
+COMMAND = Way()
+
+
+def start(request: Request, session: Session, way: Way = COMMAND) -> Ended:
     """Run from the first step. Raises Refused when another run was faster or the plan is not approved."""
     journal = request.environment.open_journal()
     try:
@@ -57,32 +70,49 @@ def start(request: Request, session: Session) -> Ended:
                     **authorised,
                 },
                 fence=held.lease.fence,
+                door=way.door,
             )
             environment = request.environment
             remember(environment.name, journal.directory, journal.location, trusted=environment.journal_keys)
-            return _carry_out(request, journal, session, held, Work.steps)
+            return _carry_out(request, journal, session, held, way, undo=False)
     finally:
         journal.close()
 
 
-def resume(name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None = None) -> Ended:
+def resume(
+    name: str | None,
+    progress: Progress,
+    stop: Stop,
+    order: Order,
+    inventory: Path | None = None,
+    *,
+    way: Way = COMMAND,
+) -> Ended:
     """Take a run up again from its first step without a successful outcome, on whatever machine its journal is.
 
     Raises Problem when it cannot be, Refused when its process lives or a newer run has been there.
     """
-    return _again(name, progress, stop, order, inventory, undo=False)
+    return _again(name, progress, stop, order, inventory, way=way, undo=False)
 
 
-def undo(name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None = None) -> Ended:
+def undo(
+    name: str | None,
+    progress: Progress,
+    stop: Stop,
+    order: Order,
+    inventory: Path | None = None,
+    *,
+    way: Way = COMMAND,
+) -> Ended:
     """Take the effects of a run's steps back, the newest first; an undoing that ended in its middle goes on.
 
     Raises as ``resume`` does.
     """
-    return _again(name, progress, stop, order, inventory, undo=True)
+    return _again(name, progress, stop, order, inventory, way=way, undo=True)
 
 
 def _again(
-    name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None, *, undo: bool
+    name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None, *, way: Way, undo: bool
 ) -> Ended:
     journal, run, environment = locate(name, inventory)
     try:
@@ -93,7 +123,7 @@ def _again(
         if state.state == "succeeded" and not undo:
             return Ended(request, state, errors.OK)
         _refuse_what_is_over(journal, state, definition, undo=undo)
-        warm = Warm(run, environment.path)
+        warm = way.warm(run, environment.path)
         session = Session(run, warm, progress, stop, order)
         try:
             Locks(environment, journal).outlast(run, progress.note, stop)
@@ -103,13 +133,13 @@ def _again(
                 request.left_out = preflight.check(environment, definition.reach, request.variables())
                 authorised = {} if undo else _authorise_again(request, journal, session, state)
                 data = {"left_out": request.left_out, "undo": undo, **authorised}
-                journal.take_over(run, data, fence=held.lease.fence)
+                journal.take_over(run, data, fence=held.lease.fence, door=way.door)
                 ended = end_leftovers(run)
                 if ended:
                     progress.note(f"Ended {ended} process(es) that the dead run had left behind")
                 if not undo:
                     warm.plan(playbooks(step for step in definition.steps if step.id in state.pending))
-                return _carry_out(request, journal, session, held, Work.undo if undo else Work.steps)
+                return _carry_out(request, journal, session, held, way, undo=undo)
         finally:
             warm.close()
     finally:
@@ -127,7 +157,15 @@ def locate(name: str | None, inventory: Path | None) -> tuple[Journal, str, Envi
 def _refuse_what_is_over(journal: Journal, state: RunState, definition: Definition, *, undo: bool) -> None:
     """Raises Refused when the run is not one that can go on, or be undone."""
     run, after = state.run, outlook.radius(state, definition)
-    if list(state.steps) != [step.id for step in definition.steps]:
+    steps = [step.id for step in definition.steps]
+    if list(state.steps) != steps and set(state.steps) <= set(steps):
+        raise Refused(
+            f"Run {run} was of {', '.join(state.steps)} alone, which plain ansible-playbook was told to run",
+            code="run-of-some-steps",
+            touched=after,
+            next_command=f"runbook abort {run} --reason REASON",
+        )
+    if list(state.steps) != steps:
         raise Refused(
             f"Runbook {state.runbook} has other steps now than when run {run} began",
             code="definition-changed",
@@ -224,21 +262,19 @@ def _authorise_again(request: Request, journal: Journal, session: Session, state
     return _authorise(request, journal, session)
 
 
-def _carry_out(
-    request: Request, journal: Journal, session: Session, held: Held, work: Callable[[Work], Ending]
-) -> Ended:
+def _carry_out(request: Request, journal: Journal, session: Session, held: Held, way: Way, *, undo: bool) -> Ended:
     """Let the work be done, record its end, and give the locks back: in this order, so that whoever takes them next
     meets neither a worker nor an unfinished record of this run."""
     state = journal.state(request.run)
     notifier = Notifier(journal, request.environment, request.run, request.definition)
-    job = Work(request, journal, session, held.lease.fence, notifier)
+    job = way.work(request, journal, session, held.lease.fence, notifier)
     ending: Ending | None = None
     try:
         with session.progress.showing(request, state):
             for problem in notifier.problems:
                 session.progress.note(problem)
             try:
-                ending = work(job)
+                ending = job.undo() if undo else job.steps()
             finally:
                 if ending is None or ending.state not in ("succeeded", "undone"):
                     end_leftovers(request.run)
