@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from runbooks import keys
@@ -53,13 +53,12 @@ class Link:
         return cls(**values)
 
     def document(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: getattr(self, name) for name in COLUMNS}
 
     def digest(self) -> str:
         """The hash that belongs to what the record says."""
-        said = {name: value for name, value in asdict(self).items() if name not in ("prev", "hash", "signature")}
-        canonical = json.dumps(said, sort_keys=True, separators=(",", ":"), default=repr)
-        return hashlib.sha256(f"{self.prev}\n{canonical}".encode()).hexdigest()
+        said = {name: getattr(self, name) for name in SAID}
+        return hashlib.sha256(f"{self.prev}\n{CANONICAL.encode(said)}".encode()).hexdigest()
 
     def signed(self, key: Ed25519PrivateKey, public: str) -> Self:
         """With its hash and its signature."""
@@ -72,7 +71,16 @@ class Link:
         return signed_by(self.key, self.hash, self.signature)
 
 
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("environment", "id", "run", "kind", "data", "prev", "hash", "key", "signature"), (str,)),
+    **dict.fromkeys(("step", "door"), (str, type(None))),
+    **dict.fromkeys(("wall", "mono"), (float,)),
+    "seq": (int,),
+    "fence": (int, type(None)),
+}
 COLUMNS = tuple(field.name for field in fields(Link))
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), default=repr)
+SAID = tuple(name for name in COLUMNS if name not in ("prev", "hash", "signature"))
 
 
 def signed_by(key: str, digest: str, signature: str) -> bool:
@@ -94,29 +102,34 @@ class Fault:
 
 
 def check(
-    links: Iterable[Link], trusted: Mapping[str, str], environment: str, after: Link | None = None
+    links: Iterable[Link], trusted: Mapping[str, str], environment: str, start: tuple[int, str] = (1, GENESIS)
 ) -> Iterator[Fault]:
-    """The faults of a chain, in its order. trusted: public key -> name. after: the record before the first, if any.
+    """The faults of a chain, in its order. trusted: public key -> name. start: position and prev of its first record.
 
     An intact chain has none. One edit makes few: what follows an edited record is judged by the hash it has stored.
     """
-    prev, expected = (GENESIS, 1) if after is None else (after.hash, after.seq + 1)
+    expected, prev = start
     ids: dict[str, int] = {}
     fences: dict[str, int] = {}
     for link in links:
+        strange = [name for name, kinds in TYPES.items() if type(getattr(link, name)) not in kinds]
+        if strange:
+            yield Fault(f"record {expected} was edited: its {' and '.join(strange)} cannot be what a writer wrote")
+            prev, expected = link.hash, expected + 1
+            continue
         yield from _alone(link, trusted, environment)
         if link.seq != expected:
             yield Fault(_misplaced(link.seq, expected), link.seq, link.run)
         if link.prev != prev:
-            yield Fault(
-                "it does not follow the record before it, which was exchanged, moved or taken out", link.seq, link.run
-            )
+            what = "it does not follow the record before it, which was exchanged, moved or taken out"
+            yield Fault(what, link.seq, link.run)
         if link.id in ids:
             yield Fault(f"it repeats record {ids[link.id]}", link.seq, link.run)
         if link.fence is not None:
-            if link.fence < fences.get(link.run, link.fence):
+            newest = fences.setdefault(link.run, link.fence)
+            if link.fence < newest:
                 yield Fault("its writer had lost the lock of its run", link.seq, link.run)
-            fences[link.run] = max(link.fence, fences.get(link.run, link.fence))
+            fences[link.run] = max(link.fence, newest)
         ids[link.id] = link.seq
         prev, expected = link.hash, link.seq + 1
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from runbooks.database import is_url, without_password
 from runbooks.errors import Problem, one_line
-from runbooks.journal import Journal, state_home
+from runbooks.journal import Journal, remember, state_home
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSIBLE_CONFIG = ROOT / "ansible.cfg"
@@ -136,8 +136,11 @@ class Environment:
 
     @property
     def journal_location(self) -> Path | str:
-        """The journal: an SQLite file, or a postgresql:// URL. Raises Problem when that holds a password."""
-        given = self.get("runbook_journal")
+        """The journal: an SQLite file, or a postgresql:// URL. Raises Problem when that holds a password.
+
+        RUNBOOK_JOURNAL of the process's own environment comes before the inventory's variable (AWX sets it).
+        """
+        given = os.environ.get("RUNBOOK_JOURNAL") or self.get("runbook_journal")
         if given and is_url(str(given)):
             return without_password(str(given))
         return Path(str(given)).expanduser() if given else self.state_directory / "journal.sqlite"
@@ -149,7 +152,16 @@ class Environment:
 
     def open_journal(self) -> Journal:
         """The environment's journal, made when there is none. Raises Problem."""
-        return Journal(self.journal_location, self.name, self.state_directory)
+        return Journal(self.journal_location, self.name, self.state_directory, anchors=self.anchors)
+
+    def remember(self, journal: Journal) -> None:
+        """Note it in the operator's state directory, with what it takes to judge it without the inventory."""
+        remember(self.name, journal.directory, journal.location, self.anchors, self.journal_keys)
+
+    @property
+    def anchors(self) -> list[dict[str, Any]]:
+        """Where the end of the chain is noted outside the journal (variable runbook_anchors)."""
+        return [dict(anchor) for anchor in self.get("runbook_anchors") or []]
 
     @property
     def journal_keys(self) -> dict[str, str]:

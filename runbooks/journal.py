@@ -7,6 +7,7 @@ it, so a record that is missing costs a repeated observation and never a repeate
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from runbooks import database, keys
+from runbooks.anchors import Anchoring, Head
+from runbooks.anchors import parse as parse_anchor
 from runbooks.chain import COLUMNS, GENESIS, Link
 from runbooks.database import PATIENCE_S, Database, Execute, SQLite
 from runbooks.errors import Problem, Refused
@@ -51,8 +54,11 @@ SILENT_S = 60.0
 GLANCE_S = 3.0
 BEFORE = "journal_before"
 """The table with the records that are older than the chain (SQLite only)."""
+RECORDS = "SELECT seq, run, wall, mono, kind, step, data, fence, door, id, hash, key FROM journal WHERE environment = ?"
 # Who holds a run's fence is what the newest of these says.
 HOLDING = ("run_started", "run_resumed", "run_finished")
+# What brings the end of the chain to the anchors.
+ANCHORED = ("step_finished", "run_finished", "approval_given")
 CHANGES_KEPT = 64
 
 LOCK = """
@@ -132,7 +138,8 @@ class LockLost(Exception):
 class Journal:
     """One environment's journal. Safe to use from several threads and processes.
 
-    location: an SQLite file, the directory it is in, or postgresql://...; directory: where the reports go.
+    location: an SQLite file, the directory it is in, or postgresql://...; directory: where the reports go; anchors: as
+    the inventory has them (``runbooks.anchors``).
     Raises Problem when it cannot be opened, and from every method when it is lost and does not come back.
     """
 
@@ -142,9 +149,12 @@ class Journal:
         environment: str,
         directory: Path | None = None,
         *,
+        anchors: Sequence[Document] = (),
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.environment = environment
+        self.anchors = [dict(anchor) for anchor in anchors]
+        self._anchoring = Anchoring([parse_anchor(anchor) for anchor in anchors], self._unanchored)
         if database.is_url(location):
             self.directory = directory or state_home() / environment
             self.location = str(location)
@@ -165,9 +175,18 @@ class Journal:
         self._run: str | None = None
         self._fence: int | None = None
         self._door = "runbook"
+        self._closed = False
 
     def close(self) -> None:
+        """Waits a few seconds for anchors that are still under way."""
+        self._anchoring.close()
+        self._closed = True
         self._db.close()
+
+    def _unanchored(self, text: str) -> None:
+        if not self._closed:
+            with contextlib.suppress(Problem):  # The record is for later; the run does not depend on it.
+                self.record("note", self._run or "", None, {"unanchored": text})
 
     # -- the lock
 
@@ -308,9 +327,12 @@ class Journal:
         def work(execute: Execute) -> None:
             if not self._has(execute, entry.id):
                 self._own(execute)
-                self._insert(execute, entry)
+                written.append(self._insert(execute, entry))
 
+        written: list[Link] = []
         self._db.write(self.environment, work)
+        if kind in ANCHORED:
+            self._anchoring.offer(Head.of(written[-1]))
 
     def record(self, kind: str, run: str, step: str | None, data: Document, *, door: str = "runbook") -> None:
         """Add a record of a run, or of none yet, without its lock: approvals, notifications, acknowledgements."""
@@ -320,9 +342,12 @@ class Journal:
 
         def work(execute: Execute) -> None:
             if not self._has(execute, entry.id):
-                self._insert(execute, entry)
+                written.append(self._insert(execute, entry))
 
+        written: list[Link] = []
         self._db.write(self.environment, work)
+        if kind in ANCHORED:
+            self._anchoring.offer(Head.of(written[-1]))
 
     def finish(self, state: RunOutcome, reason: str = "") -> None:
         """Record the end of the run (and give the journal's own lock back). Raises LockLost."""
@@ -332,11 +357,13 @@ class Journal:
             if self._has(execute, entry.id):
                 return
             self._own(execute)
-            self._insert(execute, entry)
+            written.append(self._insert(execute, entry))
             if self._token is not None:
                 execute("DELETE FROM lock WHERE token = ?", self._token)
 
+        written: list[Link] = []
         self._db.write(self.environment, work)
+        self._anchoring.offer(Head.of(written[-1]))
 
     def abort(self, run: str, reason: str, *, fence: int | None = None, door: str = "runbook") -> None:
         """Give up an unfinished run whose process is gone. Raises Refused when it is alive."""
@@ -350,9 +377,11 @@ class Journal:
                 execute("DELETE FROM lock WHERE environment = ? AND run = ?", self.environment, run)
             taken = self._next_fence(execute) if fence is None else fence
             data = {"state": "aborted", "reason": reason}
-            self._insert(execute, Entry("run_finished", run, None, data, taken, door, record))
+            written.append(self._insert(execute, Entry("run_finished", run, None, data, taken, door, record)))
 
+        written: list[Link] = []
         self._db.write(self.environment, work)
+        self._anchoring.offer(Head.of(written[-1]))
 
     # -- inside a transaction
 
@@ -385,7 +414,7 @@ class Journal:
             if held is None or held.token != self._token:
                 raise LockLost(self._run)
 
-    def _insert(self, execute: Execute, entry: Entry) -> None:
+    def _insert(self, execute: Execute, entry: Entry) -> Link:
         if entry.kind not in KINDS:
             raise ValueError(f"{entry.kind} is no kind of record")
         rows = execute(
@@ -394,10 +423,11 @@ class Journal:
         seq, prev = rows[0] if rows else (0, GENESIS)
         if not rows and self._before:
             note = Entry("note", "", None, {"before": history(execute)}, None, entry.door)
-            seq, prev = self._add(execute, note, seq, prev)
-        self._add(execute, entry, seq, prev)
+            first = self._add(execute, note, seq, prev)
+            seq, prev = first.seq, first.hash
+        return self._add(execute, entry, seq, prev)
 
-    def _add(self, execute: Execute, entry: Entry, seq: int, prev: str) -> tuple[int, str]:
+    def _add(self, execute: Execute, entry: Entry, seq: int, prev: str) -> Link:
         if self._key is None:
             self._key = keys.journal_key()
             self._public = keys.public(self._key)
@@ -420,7 +450,7 @@ class Journal:
             f"INSERT INTO journal ({', '.join(COLUMNS)}) VALUES ({marks})",  # noqa: S608 - names of our own columns
             *(getattr(link, column) for column in COLUMNS),
         )
-        return link.seq, link.hash
+        return link
 
     # -- reading
 
@@ -433,12 +463,8 @@ class Journal:
         return _records(self._rows("kind", *kinds))
 
     def _rows(self, column: str, *values: str) -> list[database.Row]:
-        return self._db.read(
-            "SELECT seq, run, wall, mono, kind, step, data, fence, door, id, hash, key FROM journal "
-            f"WHERE environment = ? AND {column} IN ({', '.join('?' * len(values))}) ORDER BY seq",
-            self.environment,
-            *values,
-        )
+        marks = ", ".join("?" * len(values))
+        return self._db.read(f"{RECORDS} AND {column} IN ({marks}) ORDER BY seq", self.environment, *values)
 
     def _older(self, run: str) -> list[tuple[Any, ...]]:
         if not self._before:
