@@ -281,7 +281,8 @@ def _carry_out(request: Request, journal: Journal, session: Session, held: Held,
         journal.finish(ending.state, ending.reason)
         with contextlib.suppress(Lost, Problem):  # Whatever stays behind is a finished run's, and so nobody's.
             (held.locks.park if ending.state == "waiting" else held.locks.release)(held.lease)
-        notifier.event(ending.event(), None, request.clean(ending.reason))
+        if not ending.quiet:
+            notifier.event(ending.event(), None, request.clean(ending.reason))
     except LockLost:
         raise _lost(job, session) from None
     except Problem as problem:

@@ -28,6 +28,8 @@ class Ending:
     state: RunOutcome
     code: int
     reason: str = ""
+    quiet: bool = False
+    """Nobody needs to be told: it goes on by itself."""
 
     def event(self) -> str:
         """The notification that says so."""
@@ -53,16 +55,21 @@ class Work:
 
     def steps(self) -> Ending:
         """Do the steps that are left."""
-        self._notifier.event("resumed" if self._state.resumed else "started", None, self._title())
+        self._announce()
         self._declare_emergency()
-        steps = [step for step in self.request.definition.steps if step.id in self._state.pending]
-        for step in steps:
+        for step in self._pending():
             ending = self._interrupted() or self._held_back(step) or self._gates_before(step)
             if ending is None:
                 ending = self._step(step)
             if ending is not None:
                 return ending
         return Ending("succeeded", errors.OK)
+
+    def _announce(self) -> None:
+        self._notifier.event("resumed" if self._state.resumed else "started", None, self._title())
+
+    def _pending(self) -> list[Step]:
+        return [step for step in self.request.definition.steps if step.id in self._state.pending]
 
     def _title(self) -> str:
         return f"{self.request.definition.title}: run {self.request.run} on {self.request.environment.name}"
@@ -214,6 +221,20 @@ class Work:
 
     def _play(self, playbook: Path, timeout_s: float, what: str) -> Result:
         """Run a playbook of the run. Raises LockLost instead of a result that must not be recorded any more."""
+        result = self._run(playbook, timeout_s, what)
+        if self._session.stop.lost():
+            raise LockLost(self.request.run)
+        clean = self.request.clean
+        return Result(
+            result.outcome,
+            clean(result.outputs),
+            clean(result.says),
+            clean(result.changed),
+            clean(result.failures),
+        )
+
+    def _run(self, playbook: Path, timeout_s: float, what: str) -> Result:
+        """Run a playbook as a process of its own. what: the step, with the gate or the undo that it is."""
         request, session = self.request, self._session
         process = session.warm.take(playbook, timeout_s)
         environment = {
@@ -226,7 +247,7 @@ class Work:
             "RUNBOOK_SECRETS": ",".join(request.secrets),
         }
         try:
-            result = process.run(
+            return process.run(
                 {**request.variables(), **self._outputs},
                 request.left_out,
                 environment=environment,
@@ -235,15 +256,6 @@ class Work:
             )
         finally:
             process.close()
-        if session.stop.lost():
-            raise LockLost(request.run)
-        return Result(
-            result.outcome,
-            request.clean(result.outputs),
-            request.clean(result.says),
-            request.clean(result.changed),
-            request.clean(result.failures),
-        )
 
 
 def _document(result: Result, elapsed: float) -> dict[str, Any]:
