@@ -23,6 +23,7 @@ SHORTEST = 4
 _KEY = r"[\w.\-]*(?:passw|passphrase|secret|token|private[_-]?key|api[_-]?key|access[_-]?key|credential)[\w.\-]*"
 _PAIR = re.compile(rf"(?i)(?P<key>[\"']?{_KEY}[\"']?\s*[:=]\s*)(?P<value>\"[^\"]*\"|'[^']*'|[^\s,}}\]]+)")
 _PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _URL = re.compile(r"(?P<before>\b[a-z][a-z0-9+.\-]*://[^\s:/@]+:)[^\s@/]+(?P<after>@)")
 
 
@@ -82,7 +83,7 @@ def _difference(entry: Mapping[str, Any], label: str, secrets: Collection[str]) 
     if entry.get("prepared"):
         before, after = "", redact(str(entry["prepared"]), secrets)
     else:
-        before, after = (redact(_text(entry.get(side)), secrets) for side in ("before", "after"))
+        before, after = (redact(_text(_snake(entry.get(side))), secrets) for side in ("before", "after"))
     if before == after:
         return None
     what = str(entry.get("after_header") or entry.get("before_header") or label)
@@ -96,6 +97,13 @@ def _difference(entry: Mapping[str, Any], label: str, secrets: Collection[str]) 
 def _small(before: str, after: str) -> bool:
     # ndiff is quadratic at its worst.
     return before.count("\n") + after.count("\n") < 400
+
+
+def _snake(value: Any) -> Any:
+    """With keys in one spelling: AWS's modules say ``TTL`` before and ``ttl`` after."""
+    if isinstance(value, Mapping):
+        return {_CAMEL.sub("_", str(key)).lower(): _snake(inner) for key, inner in value.items()}
+    return [_snake(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _text(value: Any) -> str:

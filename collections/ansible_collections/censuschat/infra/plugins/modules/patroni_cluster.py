@@ -25,6 +25,10 @@ author:
 extends_documentation_fragment:
   - censuschat.infra.attributes
   - censuschat.infra.tls_files
+attributes:
+  check_mode:
+    details:
+      - Looks once. What is missing is returned as RV(missing) and is no failure, because the module would wait for it.
 options:
   state:
     description:
@@ -216,11 +220,14 @@ missing:
   type: list
   elements: str
 actions:
-  description: What was done, or would be in check mode.
+  description:
+    - What was done, or would be in check mode.
+    - A turn of the region from standby to primary, or back, is told too. The guards of the write lease make it while
+      this module waits for it.
   returned: always
   type: list
   elements: str
-  sample: ["configure: ttl=20", "rewind"]
+  sample: ["configure: ttl=20", "rewind", "turn from standby to primary"]
 waited_s:
   description: How long it waited, in seconds.
   returned: always
@@ -257,22 +264,25 @@ def converge(cluster: Cluster, want: Want, grace_s: float, wait_s: float, check:
     started = time.monotonic()
     well_at = started
     actions: list[str] = []
+    first: View | None = None
     while True:
         view = cluster.observe(local=True)
+        first = first or view
         now = time.monotonic()
         if view.follows:
             well_at = now
         patch = {}
         if not view.error and view.leading is not None and view.leading.name == cluster.name:
             patch = config_patch(want.config, view.config)
-        step = repair(want, view, now - well_at, "rewind" in actions, grace_s)
+        # Check mode does not wait and see: it tells what is done to a replica that goes on as it is.
+        step = repair(want, view, grace_s if check else now - well_at, "rewind" in actions, grace_s)
         if patch:
             actions.append("configure: " + json.dumps(patch, sort_keys=True))
         if step:
             actions.append(step)
         lacks = missing(want, view)
         if check:
-            return view, lacks, actions, 0.0
+            return view, lacks, actions + turn(view.role, want.state), 0.0
         if patch:
             cluster.configure(patch)
         if step == "rewind":
@@ -281,10 +291,16 @@ def converge(cluster: Cluster, want: Want, grace_s: float, wait_s: float, check:
             cluster.reinitialize()
             well_at = time.monotonic()
         if not lacks and not step and (not want.repair or own_replica_follows(view)):
-            return view, lacks, actions, now - started
+            return view, lacks, actions + turn(first.role, view.role), now - started
         if now - started >= wait_s:
             return view, lacks or ["this node's replica does not stream"], actions, now - started
         time.sleep(_POLL_S)
+
+
+def turn(before: str, after: str) -> list[str]:
+    """The change of a region's part that the wait is for; others make it, but it is one all the same."""
+    parts = {"primary", "standby"}
+    return [f"turn from {before} to {after}"] if before != after and {before, after} == parts else []
 
 
 def own_replica_follows(view: View) -> bool:

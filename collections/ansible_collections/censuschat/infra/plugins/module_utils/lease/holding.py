@@ -167,8 +167,8 @@ def _decide_released(view: StoreView, request: Request) -> Decision:
     if view.open_gates() or view.active_handover():
         nodes = ", ".join(sorted(gate.node for gate in view.open_gates())) or "a hand-over"
         return Refuse(
-            f"{lease.region} uses the lease with epoch {lease.epoch} ({nodes}), and ending it would close its database. "
-            "Nothing was touched. To move the right to write, use state=handed_over region=REGION."
+            f"{lease.region} uses the lease with epoch {lease.epoch} ({nodes}), and ending it would close its "
+            "database. Nothing was touched. To move the right to write, use state=handed_over region=REGION."
         )
     return Release(lease, max((gate.revision for gate in view.gates), default=0))
 
@@ -308,9 +308,9 @@ def settle(
 ) -> Outcome:
     """Bring the lease to what the request wants. Raises LeaseError (a refusal) or etcd.EtcdError.
 
-    check: decide and change nothing, after having watched whether a holder lives. confirm_s: how long the region's guards may take, after a change, to open
-    their first gate; a lease that no guard renews would end again by itself. seen: what the guard of this machine has
-    noted about the holder's gates (QuietWatch), which saves the wait.
+    check: decide and change nothing, after having watched whether a holder lives. confirm_s: how long the region's
+    guards may take, after a change, to open their first gate; a lease that no guard renews would end again by itself.
+    seen: what the guard of this machine has noted about the holder's gates (QuietWatch), which saves the wait.
     """
     began = clock()
     watch = QuietWatch(seen)
