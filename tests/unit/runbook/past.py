@@ -38,7 +38,7 @@ def begin(journal: Journal, run: str, *, resuming: bool = False, **more: Any) ->
     if resuming:
         journal.take_over(run, more, fence=fence)
     else:
-        journal.begin(run, start(**more), fence=fence)
+        journal.begin(run, start(**{"environment": journal.environment, **more}), fence=fence)
     return fence
 
 
