@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,6 @@ from runbooks.journal import Journal, remember, state_home
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSIBLE_CONFIG = ROOT / "ansible.cfg"
-
-
-@functools.cache
-def _once(function: Callable[[], object]) -> None:
-    """Call it the first time only: Ansible's plugin loader warns at a second start in one process."""
-    function()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +31,24 @@ class Node:
     key: Path | None
     ssh_args: tuple[str, ...]
     local: bool
+
+
+def _unlock(loader: Any) -> None:
+    """Let the loader read vaulted variables, by the passwords that ansible-playbook would find.
+
+    Raises AnsibleError when there are none that can be read.
+    """
+    from ansible import constants
+    from ansible.parsing.vault import VaultSecretsContext
+
+    known = VaultSecretsContext.current(optional=True)
+    if known is not None:  # In ansible-playbook, or for the second inventory of this process.
+        loader.set_vault_secrets(known.secrets)
+    elif constants.DEFAULT_VAULT_PASSWORD_FILE or constants.DEFAULT_VAULT_IDENTITY_LIST:
+        from ansible.cli import CLI
+
+        identities = constants.DEFAULT_VAULT_IDENTITY_LIST
+        loader.set_vault_secrets(CLI.setup_vault_secrets(loader, vault_ids=identities, auto_prompt=False))
 
 
 class Environment:
@@ -57,15 +68,18 @@ class Environment:
         from ansible.inventory.manager import InventoryManager
         from ansible.parsing.dataloader import DataLoader
         from ansible.plugins.loader import init_plugin_loader
+        from ansible.utils.collection_loader import AnsibleCollectionConfig
         from ansible.vars.manager import VariableManager
 
         self.path = path.resolve()
-        _once(init_plugin_loader)
+        if AnsibleCollectionConfig.collection_finder is None:  # Once a process; in ansible-playbook it has been done.
+            init_plugin_loader()
         # An inventory of which a part cannot be read is not the environment: Ansible would only warn.
         constants.INVENTORY_ANY_UNPARSED_IS_FAILED = True
         self._loader = DataLoader()
         warnings = io.StringIO()
         try:
+            _unlock(self._loader)
             # Ansible explains a broken inventory in warnings, one a plugin that it tried.
             with contextlib.redirect_stderr(warnings):
                 self._inventory = InventoryManager(loader=self._loader, sources=[str(self.path)])
