@@ -153,13 +153,15 @@ class SQLite(Database):
                     raise
                 time.sleep(0.02)
         self._db.execute("PRAGMA synchronous = FULL")
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'book'").fetchone():
+            return  # Made last of all: whoever only reads waits for no writer.
         with self._transaction():
             columns = [row[1] for row in self._db.execute("PRAGMA table_info(journal)")]
             if columns and "hash" not in columns:
                 # The layout before the chain. Its rows stay as they are, under another name (with their triggers).
                 self._db.execute("ALTER TABLE journal RENAME TO journal_before")
                 self._db.execute("DROP INDEX IF EXISTS journal_run")
-            for statement in (*TABLES, *TRIGGERS_SQLITE):
+            for statement in (TABLES[0], *TRIGGERS_SQLITE, *TABLES[1:]):
                 self._db.execute(statement)
 
     @contextmanager
@@ -215,9 +217,10 @@ def without_password(url: str) -> str:
     if ":" in given or any(name == "password" for name, _ in parse_qsl(parts.query)):
         host = parts.netloc.rpartition("@")[2]
         raise Problem(
-            f"The journal's URL for {host} holds a password, which everybody could read in process lists and logs",
+            f"The journal's URL for {host} holds a password, which everybody could read in process lists and logs: it "
+            "belongs into ~/.pgpass (mode 0600) as HOST:PORT:DATABASE:USER:PASSWORD",
             code="journal-password-in-url",
-            next_command="editor ~/.pgpass   # HOST:PORT:DATABASE:USER:PASSWORD, mode 0600; and take it out of the URL",
+            next_command="editor ~/.pgpass",
         )
     return url
 

@@ -25,7 +25,7 @@ from runbooks.records import Door
 from runbooks.request import Request, compare_secrets, fingerprint, playbooks, read_secrets
 from runbooks.session import Order, Session, Stop, Warm
 from runbooks.step import end_leftovers
-from runbooks.work import Ending, Work
+from runbooks.work import Ending, Work, check_settings
 
 
 @dataclass(slots=True)
@@ -54,6 +54,7 @@ def start(request: Request, session: Session, way: Way = COMMAND) -> Ended:
     journal = request.environment.open_journal()
     try:
         with _held(request, journal, session, resuming=False) as held:
+            check_settings(request)
             authorised = _authorise(request, journal, session)
             journal.begin(
                 request.run,
@@ -131,6 +132,7 @@ def _again(
             compare_secrets(request, state.secrets)
             with _held(request, journal, session, resuming=True) as held:
                 request.left_out = preflight.check(environment, definition.reach, request.variables())
+                check_settings(request)
                 authorised = {} if undo else _authorise_again(request, journal, session, state)
                 data = {"left_out": request.left_out, "undo": undo, **authorised}
                 journal.take_over(run, data, fence=held.lease.fence, door=way.door)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from runbooks import errors, outlook, plan, windows
 from runbooks.definition import Gate, Step
+from runbooks.errors import Problem
 from runbooks.journal import Journal, LockLost
 from runbooks.locks import Process
 from runbooks.notify import Notifier
@@ -34,6 +35,25 @@ class Ending:
     def event(self) -> str:
         """The notification that says so."""
         return "failed" if self.state == "aborted" else self.state
+
+
+def check_settings(request: Request) -> None:
+    """Raises Problem when the inventory's settings for the work are wrong: before the run has begun, not in it."""
+    windows.load(request.environment, request.definition)
+    emergency_s(request)
+
+
+def emergency_s(request: Request) -> float:
+    """How long an emergency lasts in the environment, in seconds. Raises Problem."""
+    given = request.environment.get("runbook_emergency_s", EMERGENCY_S)
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        raise Problem(
+            f"runbook_emergency_s of environment {request.environment.name} is {given!r}, not a number of seconds",
+            code="emergency-wrong",
+            next_command=f"ansible-inventory -i {request.environment.path} --list",
+        ) from None
 
 
 class Work:
@@ -78,7 +98,7 @@ class Work:
         reason = self._session.order.emergency
         if not reason:
             return
-        expires = time.time() + float(self.request.environment.get("runbook_emergency_s", EMERGENCY_S))
+        expires = time.time() + emergency_s(self.request)
         data = {"reason": self.request.clean(reason), "who": self._who, "expires": expires}
         self._journal.append("emergency_declared", None, data)
         self._state.emergency_until = expires

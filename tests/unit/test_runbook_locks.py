@@ -61,9 +61,10 @@ def test_only_the_holder_renews_parks_and_releases() -> None:
     book, fence = locks.take(Book(), wish("a", "cache", "queue"), 100.0, ())
     assert {h.ends for h in locks.renew(book, fence, 110.0, 60.0).held.values()} == {170.0}
     assert {h.ends for h in locks.park(book, fence).held.values()} == {None}
-    for change in (lambda: locks.renew(book, fence + 1, 110.0, 60.0), lambda: locks.park(book, fence + 1)):
-        with pytest.raises(Lost):
-            change()
+    with pytest.raises(Lost):
+        locks.renew(book, fence + 1, 110.0, 60.0)
+    with pytest.raises(Lost):
+        locks.park(book, fence + 1)
     assert locks.release(book, fence + 1) == book
     assert locks.release(book, fence).held == {}
     assert locks.release(book, fence).fence == fence, "the next one's fence is higher all the same"
@@ -153,7 +154,8 @@ def test_a_put_whose_answer_is_lost_is_not_refused_by_itself(
         # Its transaction says by itself whether it was done (tests of the journal).
         assert locks.acquire(store, wish(), anyone) == 1
         return
-    put, lost = store._put, []  # type: ignore[attr-defined]
+    put = store._put  # type: ignore[attr-defined]
+    lost: list[Any] = []
 
     def put_and_lose(document: Any, version: Any) -> bool:
         done = put(document, version)

@@ -7,11 +7,9 @@ test_runbook_engine.py.
 from __future__ import annotations
 
 import getpass
-import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,170 +20,19 @@ from runbooks import definition as definitions
 from runbooks import engine, keys, outlook
 from runbooks.approvals import Approval, Subject, statement
 from runbooks.cli import main
-from runbooks.environment import Environment
 from runbooks.errors import Problem, Refused
-from runbooks.journal import Journal, Record
+from runbooks.journal import Journal
 from runbooks.locks import Lease
-from runbooks.progress import JsonProgress, Progress
+from runbooks.progress import JsonProgress
 from runbooks.request import prepare
-from runbooks.session import Order, Session, Stop
+from runbooks.session import Order, Stop
 from runbooks.step import Result
-
-DEFINITION: dict[str, Any] = {
-    "name": "mend",
-    "title": "Mend the fence",
-    "purpose": "Four steps with gates, undoing and an approval, for the tests of the engine.",
-    "owner": "CensusChat platform team",
-    "severity": "low",
-    "parameters": {"colour": {"title": "Which paint", "type": "string", "default": "red"}},
-    "reach": [],
-    "steps": [
-        {
-            "id": "saw",
-            "title": "Saw the plank",
-            "playbook": "saw.yml",
-            "budget_s": 10,
-            "touches": ["the plank"],
-            "before": [{"title": "There is wood", "playbook": "wood.yml"}],
-            "undo": {"title": "Glue the plank", "playbook": "glue.yml"},
-        },
-        {
-            "id": "nail",
-            "title": "Nail it on",
-            "playbook": "nail.yml",
-            "budget_s": 10,
-            "touches": ["the post"],
-            "after": [{"title": "It holds", "playbook": "holds.yml"}],
-            "undo": {"says": "Pull the nails out by hand"},
-        },
-        {
-            "id": "paint",
-            "title": "Paint it",
-            "playbook": "paint.yml",
-            "budget_s": 10,
-            "touches": ["the fence"],
-            "undo": {"title": "Strip the paint", "playbook": "strip.yml"},
-        },
-    ],
-}
-PLAYBOOKS = ("saw", "wood", "glue", "nail", "holds", "paint", "strip")
-FAILURE = [{"host": "here", "task": "Do it", "message": "no luck"}]
-
-Script = Callable[[Mapping[str, Any], Callable[[], bool]], Result]
-
-
-@dataclass
-class Workshop:
-    """A place with a runbook whose playbooks are scripted. played: what was run, with the variables it got."""
-
-    directory: Path
-    inventory: Path
-    scripts: dict[str, Script] = field(default_factory=dict)
-    played: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
-    stream: io.StringIO = field(default_factory=io.StringIO)
-
-    def define(self, **changes: Any) -> None:
-        data = {**DEFINITION, **changes}
-        (self.directory / "definitions/mend.yml").write_text(yaml.safe_dump(data))
-
-    def variables(self, **variables: Any) -> None:
-        defaults = {"environment_name": "unit", "runbook_state": str(self.directory / "runs")}
-        hosts = {"here": {"ansible_connection": "local"}}
-        self.inventory.write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": {**defaults, **variables}}}))
-
-    def session(self, run: str, order: Order, stop: Stop | None = None) -> Session:
-        return Session(run, Bench(self), Progress(self.stream), stop or Stop(), order)  # type: ignore[arg-type]
-
-    def run(
-        self, *, order: Order | None = None, run: str = "r1", given: Mapping[str, str] | None = None
-    ) -> engine.Ended:
-        session = self.session(run, order or Order())
-        request = prepare(definitions.load("mend"), self.inventory, given or {}, session)
-        return engine.start(request, session)
-
-    def resume(self, order: Order | None = None, run: str = "r1") -> engine.Ended:
-        return engine.resume(run, Progress(self.stream), Stop(), order or Order(), self.inventory, way=self.way())
-
-    def undo(self, run: str = "r1") -> engine.Ended:
-        return engine.undo(run, Progress(self.stream), Stop(), Order(), self.inventory, way=self.way())
-
-    def way(self) -> engine.Way:
-        return engine.Way(warm=lambda *_: Bench(self))  # type: ignore[arg-type, return-value]
-
-    def journal(self) -> Journal:
-        return Environment(self.inventory).open_journal()
-
-    def records(self, *kinds: str, run: str = "r1") -> list[Record]:
-        journal = self.journal()
-        try:
-            return [record for record in journal.records(run) if record.kind in kinds]
-        finally:
-            journal.close()
-
-    def holder(self) -> str | None:
-        journal = self.journal()
-        try:
-            document, _ = journal.book()
-        finally:
-            journal.close()
-        held = (document or {"held": {}})["held"]
-        return next((holder["run"] for holder in held.values()), None)
-
-    def names(self) -> list[str]:
-        return [name for name, _, _ in self.played]
-
-    def told(self) -> str:
-        return self.stream.getvalue()
-
-
-class Bench:
-    """Stands for ``Warm``: its processes are the workshop's scripts."""
-
-    def __init__(self, workshop: Workshop) -> None:
-        self.workshop = workshop
-
-    def plan(self, playbooks: Any) -> None:
-        list(playbooks)
-
-    def take(self, playbook: Path, _timeout_s: float) -> Scripted:
-        return Scripted(self.workshop, playbook.stem)
-
-    def close(self) -> None: ...
-
-
-class Scripted:
-    """Stands for a playbook's process."""
-
-    def __init__(self, workshop: Workshop, name: str) -> None:
-        self.workshop, self.name = workshop, name
-
-    def run(self, variables: Mapping[str, Any], _leave_out: Any, **more: Any) -> Result:
-        self.workshop.played.append((self.name, dict(variables), dict(more.get("environment", {}))))
-        script = self.workshop.scripts.get(self.name)
-        return script(variables, more["interrupted"]) if script else Result("ok", says=f"{self.name} is done")
-
-    def close(self) -> None: ...
-
-
-def fails(_variables: Any = None, _interrupted: Any = None) -> Result:
-    return Result("failed", failures=[dict(f) for f in FAILURE])
-
-
-class Killed(BaseException):
-    """What SIGKILL looks like from inside: no code of the engine's runs after it."""
+from tests.unit.runbook.workshop import DEFINITION, FAILURE, Killed, Workshop, fails, make_workshop
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workshop]:
-    (tmp_path / "definitions").mkdir()
-    for name in PLAYBOOKS:
-        (tmp_path / "definitions" / f"{name}.yml").write_text("---\n[]\n")
-    monkeypatch.setenv("RUNBOOK_DEFINITIONS", str(tmp_path / "definitions"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    workshop = Workshop(tmp_path, tmp_path / "inventory.yml")
-    workshop.define()
-    workshop.variables()
-    return workshop
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    return make_workshop(tmp_path, monkeypatch)
 
 
 # -- gates
@@ -449,9 +296,14 @@ def test_secrets_reach_the_playbooks_and_nothing_that_is_kept(shop: Workshop, mo
 
 def test_a_secret_is_typed_without_being_shown(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.define(parameters=SECRET)
-    asked = []
+    asked: list[str] = []
+
+    def typed(prompt: str, _stream: Any) -> str:
+        asked.append(prompt)
+        return CANARY
+
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("getpass.getpass", lambda prompt, _stream: asked.append(prompt) or CANARY)
+    monkeypatch.setattr("getpass.getpass", typed)
     assert shop.run().code == 0
     assert asked == ["The key (token, not shown): "]
 
@@ -462,7 +314,7 @@ def test_a_secret_is_typed_without_being_shown(shop: Workshop, monkeypatch: pyte
 def test_who_loses_its_lock_stops_without_another_record(shop: Workshop) -> None:
     def loses(_variables: Any, interrupted: Callable[[], bool]) -> Result:
         journal = shop.journal()
-        journal.change_book(lambda document, _: ({**document, "held": {}}, None))
+        journal.change_book(lambda document, _: ({**(document or {}), "held": {}}, None))
         journal.close()
         deadline = time.monotonic() + 10
         while not interrupted():
