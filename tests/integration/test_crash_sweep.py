@@ -1,0 +1,28 @@
+"""A sample of the sweep that `scripts/bench crash-sweep` does in full: the drill, killed and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lab import verbs
+from tests.faults import drill
+
+SEED = 4
+"""With it the six kills have every kind of victim: network, runner, worker, engine and everything at once."""
+
+
+def test_a_killed_drill_is_finished_by_its_resumption_and_does_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inventory = verbs.recorded()
+    assert inventory is not None, "the lab is not up; start it with: scripts/run lab up"
+
+    def told(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n{line}", end="", flush=True)
+
+    trials = drill.sweep_drills(inventory, tmp_path, 6, told, seed=SEED, lanes=2)
+    assert [trial.line() for trial in trials if not trial.good] == []
+    assert len(trials) == 6
