@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return errors.FAILED
     except Exception as error:
-        tell(_fault(error), as_json="--json" in words)
+        tell(fault(error), as_json="--json" in words)
         return errors.FAILED
 
 
@@ -87,7 +87,7 @@ def tell(problem: Problem, *, as_json: bool) -> None:
         print(f"error: {problem}", file=sys.stderr, flush=True)
 
 
-def _fault(error: Exception) -> Problem:
+def fault(error: Exception) -> Problem:
     """A fault of the program itself: its details go into a file, the person gets a sentence."""
     import traceback
 

@@ -19,7 +19,8 @@ from runbooks.errors import FAILED, INTERRUPTED, OK, REFUSED, WAITING
 
 NAME_VARIABLE = "runbook_name"
 STEP_VARIABLE = "runbook_step"
-"""Variables of a generated playbook's plays: whose runbook's they are, and of which of its steps."""
+GATE_VARIABLE = "runbook_gate"
+"""Variables of a generated playbook's plays: whose runbook's they are, of which of its steps, and as which gate."""
 
 ARGUMENT_TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"}
 
@@ -29,7 +30,7 @@ END = r"\Z"
 CODES = {
     OK: "Done, and no measured figure misses its target",
     FAILED: "A step failed, or a target of the environment was missed",
-    2: "Bad input, or an environment that does not answer: nothing was touched. From plain Ansible also: a task failed",
+    2: "Bad input, or an environment that does not answer: nothing was touched",
     REFUSED: "Refused: another run is active, a window is closed, an approval is missing, or a gate said no",
     WAITING: "It waits for an approval",
     INTERRUPTED: "Interrupted; `runbook resume` goes on",
@@ -104,9 +105,9 @@ def playbook(runbook: Definition, directory: Path) -> str:
     """The playbook that is the runbook for plain Ansible and AWX. directory: where it will be, for relative paths."""
     plays: list[dict[str, Any]] = [_validation(runbook)]
     for step in runbook.steps:
-        plays += [_gate(step, gate, directory) for gate in step.before]
+        plays += [_gate(step, f"before.{n}", gate, directory) for n, gate in enumerate(step.before)]
         plays.append(_imported(step.title, step, step.playbook, directory))
-        plays += [_gate(step, gate, directory) for gate in step.after]
+        plays += [_gate(step, f"after.{n}", gate, directory) for n, gate in enumerate(step.after)]
     head = (
         "---\n"
         f"# Made from {os.path.relpath(runbook.path, root(runbook))} by `runbook generate`: change that, not this.\n"
@@ -125,9 +126,10 @@ def _imported(title: str, step: Step, playbook: Path, directory: Path) -> dict[s
     }
 
 
-def _gate(step: Step, gate: Gate, directory: Path) -> dict[str, Any]:
+def _gate(step: Step, which: str, gate: Gate, directory: Path) -> dict[str, Any]:
+    imported = _imported(f"Gate: {gate.title}", step, gate.playbook, directory)
     # In check mode the steps before it had no effect, which is what it judges.
-    return {**_imported(f"Gate: {gate.title}", step, gate.playbook, directory), "when": "not ansible_check_mode"}
+    return {**imported, "vars": {STEP_VARIABLE: step.id, GATE_VARIABLE: which}, "when": "not ansible_check_mode"}
 
 
 def _validation(runbook: Definition) -> dict[str, Any]:
@@ -135,7 +137,7 @@ def _validation(runbook: Definition) -> dict[str, Any]:
         {
             "name": "Refuse to run unwatched",
             "ansible.builtin.assert": {
-                "that": "runbook_run is defined",
+                "that": "runbook_door is defined",
                 "fail_msg": (
                     "Nothing would lock the environment or keep a journal, because the callback "
                     "censuschat.infra.runbook_journal is not enabled. Nothing was touched. next: add it to "

@@ -136,5 +136,5 @@ def test_a_generated_playbook_does_not_run_unwatched(wash: Path) -> None:
 @pytest.mark.parametrize("case", GIVEN)
 def test_ansible_checks_the_parameters_by_the_definition(wash: Path, case: str) -> None:
     given, expected = GIVEN[case]
-    done = ansible(wash, {"runbook_run": "tried", **given})
+    done = ansible(wash, {"runbook_door": "tried", **given})
     assert (done.returncode, expected in " ".join(done.stdout.split())) == (2 if expected else 0, True), done.stdout
