@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from runbooks import locks
 from runbooks.errors import NOTHING, Problem, Refused, Stopped
 from runbooks.journal import Journal, RunState
 from runbooks.lock_stores import open_store
+from runbooks.records import Record
 
 if TYPE_CHECKING:
     from runbooks.definition import Definition
@@ -53,8 +55,12 @@ def _meet(definition: Definition, other: str) -> bool:
     return any(locks.in_the_way(held, wanted) for held in names for wanted in definition.locks)
 
 
-def radius(state: RunState, definition: Definition | None) -> str:
-    """The blast radius: what the steps that have begun touch, by whether they ended well."""
+def radius(state: RunState, definition: Definition | None, records: Iterable[Record] = ()) -> str:
+    """The blast radius: what the steps that have begun touch, by whether they ended well.
+
+    records: the run's, for what is known of the effects of the steps that did not.
+    """
+    effects = _effects(records)
     touches = {} if definition is None else {step.id: step.touches for step in definition.steps}
     done: list[str] = []
     open_: list[str] = []
@@ -62,13 +68,40 @@ def radius(state: RunState, definition: Definition | None) -> str:
         words = ", ".join(touches.get(name, ("what is not known: the runbook has changed",)))
         if words:
             step = state.steps[name]
-            (done if step.outcome == "ok" and step.undone is None else open_).append(f"{name} ({words})")
+            if step.outcome == "ok" and step.undone is None:
+                done.append(f"{name} ({words})")
+            else:
+                open_.append(f"{name} ({words}{effects.get(name, '')})")
     parts = []
     if done:
         parts.append(f"Done and kept: {', '.join(done)}")
     if open_:
         parts.append(f"{'begun' if parts else 'Begun'} and perhaps in part done: {', '.join(open_)}")
     return "; ".join(parts) or NOTHING
+
+
+def _effects(records: Iterable[Record]) -> dict[str, str]:
+    """Step -> what its newest attempt changed, and what it was about to change when nothing more was heard of it."""
+    changed: dict[str, int] = {}
+    open_: dict[str, dict[tuple[str, str], int]] = {}
+    for record in records:
+        step = record.step or ""
+        if record.kind in ("step_started", "undo_started"):
+            changed[step], open_[step] = 0, {}
+        elif record.kind in ("effect_intended", "effect_done") and step in open_:
+            place = (str(record.data.get("task")), str(record.data.get("host")))
+            step_open = open_[step]
+            step_open[place] = step_open.get(place, 0) + (1 if record.kind == "effect_intended" else -1)
+            changed[step] += bool(record.data.get("changed"))
+    told = {}
+    for step, count in changed.items():
+        unknown = [f"{task!r} on {host}" for (task, host), left in open_[step].items() if left > 0]
+        words = f": {count} change{'' if count == 1 else 's'} recorded" if count else ""
+        if unknown:
+            more = f" and {len(unknown) - 2} more" if len(unknown) > 2 else ""
+            words += f"{',' if words else ':'} the outcome of {', '.join(unknown[:2])}{more} is not known"
+        told[step] = words
+    return told
 
 
 def next_command(journal: Journal, state: RunState, shown: str) -> str | None:
@@ -85,7 +118,7 @@ def aftermath(journal: Journal, state: RunState, shown: str) -> Problem | None:
         definition = definitions.load(state.runbook)
     except Problem:
         definition = None
-    run, reason, touched = state.run, state.reason, radius(state, definition)
+    run, reason, touched = state.run, state.reason, radius(state, definition, journal.records(state.run))
     newest = successor(journal, state, definition)
     resume, anew = f"runbook resume {run}", f"runbook plan {state.runbook} -i {state.inventory}"
     if shown in ("running", "succeeded"):

@@ -40,6 +40,8 @@ UNDONE = {
     "interrupted": "undo unfinished",
 }
 """What a step is called whose undo has been tried."""
+SIGN_OF_LIFE_S = 30.0
+"""Seconds between two lines of a step that goes on, where there is no table."""
 STYLES = {"ok": "green", "failed": "bold red", "timed out": "bold red", "interrupted": "yellow", "running": "cyan"}
 
 
@@ -54,7 +56,10 @@ class Progress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self._total, self._number = 0, 0
-        self._undoing = False
+        self._undoing, self._over = False, False
+        self._step: Step | None = None
+        self._activity = Activity()
+        self._began = self._next = 0.0
 
     def _line(self, text: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=self.stream, flush=True)
@@ -72,6 +77,8 @@ class Progress:
     def begin(self, step: Step, undo: str = "") -> None:
         """undo: the title of the undoing that begins instead of the step."""
         self._number += 0 if undo else 1
+        self._step, self._began, self._over, self._activity = step, time.monotonic(), False, Activity()
+        self._next = min(SIGN_OF_LIFE_S, step.budget_s)
         self._line(f"{self._where(undo)} {step.id}: {undo or step.title} (budget {seconds(step.budget_s)})")
 
     def _where(self, undo: object) -> str:
@@ -79,9 +86,26 @@ class Progress:
         return "[undo]" if undo else f"[{self._number}/{self._total}]"
 
     def activity(self, activity: Activity) -> None:
-        """What the step does now; plain lines leave it out."""
+        """What the step does now; plain lines tell it only with the time."""
+        self._activity = activity
+
+    def tick(self) -> None:
+        """Called all the time while a playbook runs: a line when its budget is used up, and one now and then."""
+        if self._step is None:
+            return
+        took = time.monotonic() - self._began
+        if took >= self._next:
+            over = took >= self._step.budget_s
+            first = over and not self._over
+            self._over = over
+            budget = f"its budget of {seconds(self._step.budget_s)}"
+            text = f"is over {budget}" if first else f"{seconds(took)} of {budget}" if not over else f"{seconds(took)}"
+            self._line(f"{self._where(self._undoing)} {self._step.id}: {text}, at: {self._activity}")
+            due = [took + SIGN_OF_LIFE_S]
+            self._next = min(due if over else [*due, max(self._step.budget_s, took)])
 
     def end(self, step: Step, result: Result, elapsed: float) -> None:
+        self._step = None
         self._line(f"{self._where(self._undoing)} {ending(step, result, elapsed)}")
         for line in failure_lines(result):
             print(line, file=self.stream, flush=True)
@@ -193,7 +217,7 @@ class LiveProgress(Progress):
 
     def begin(self, step: Step, undo: str = "") -> None:
         with self._mutex:
-            self._now = undo
+            self._now, self._undoing = undo, bool(undo)
             self._rows[step.id].update(state="running", began=time.monotonic())
 
     def activity(self, activity: Activity) -> None:
@@ -202,7 +226,8 @@ class LiveProgress(Progress):
 
     def end(self, step: Step, result: Result, elapsed: float) -> None:
         with self._mutex:
-            self._rows[step.id].update(state=result.outcome, elapsed=elapsed, says=result.says)
+            state = UNDONE.get(result.outcome, "") if self._undoing else result.outcome
+            self._rows[step.id].update(state=state, elapsed=elapsed, says=result.says)
         self._failures += failure_lines(result)
 
     def note(self, text: str) -> None:

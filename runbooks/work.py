@@ -239,6 +239,10 @@ class Work:
 
     # -- one playbook
 
+    def _stopped(self) -> bool:
+        self._session.progress.tick()
+        return self._session.stop()
+
     def _play(self, playbook: Path, timeout_s: float, what: str) -> Result:
         """Run a playbook of the run. Raises LockLost instead of a result that must not be recorded any more."""
         result = self._run(playbook, timeout_s, what)
@@ -272,7 +276,7 @@ class Work:
                 request.left_out,
                 environment=environment,
                 on_activity=session.progress.activity,
-                interrupted=session.stop,
+                interrupted=self._stopped,
             )
         finally:
             process.close()

@@ -93,8 +93,7 @@ def command(shop: Workshop, *words: str) -> Problem:
         code = main([*given, "--json"])
     said = json.loads(out.getvalue().splitlines()[-1])["error"]
     kind = next((k for k in (Refused, Stopped) if k.exit_code == code), Problem)
-    problem = kind(said["what"], code=said["code"], next_command=said["next"], touched=said["touched"])
-    return problem
+    return kind(said["what"], code=said["code"], next_command=said["next"], touched=said["touched"])
 
 
 def inventory(text: str, *words: str) -> Case:
@@ -159,7 +158,7 @@ def no_ssh(shop: Workshop, patch: pytest.MonkeyPatch) -> Any:
     return reach(FAR.replace(", KEY", ""), Reach("to mend", "all", "all", None))(shop, patch)
 
 
-def ended(state: str, **changes: Any) -> Case:
+def ended(state: Any, **changes: Any) -> Case:
     """What is said about a run that ended like this."""
 
     def case(shop: Workshop, _: pytest.MonkeyPatch) -> Problem:
@@ -315,10 +314,10 @@ def unwritable(shop: Workshop, _: pytest.MonkeyPatch) -> Any:
 
 
 def weak_token(mode: int) -> Case:
-    def case(shop: Workshop, patch: pytest.MonkeyPatch) -> Problem:
+    def case(shop: Workshop, _: pytest.MonkeyPatch) -> Problem:
         (shop.directory / "token").write_text("short")
         (shop.directory / "token").chmod(mode)
-        return line("serve", "--token-file", "{d}/token")(shop, patch)
+        return command(shop, "serve", "--token-file", "{d}/token")
 
     return case
 

@@ -7,6 +7,7 @@ test_runbook_engine.py.
 from __future__ import annotations
 
 import getpass
+import io
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -20,13 +21,14 @@ from runbooks import definition as definitions
 from runbooks import engine, keys, outlook
 from runbooks.approvals import Approval, Subject, statement
 from runbooks.cli import main
+from runbooks.definition import Step
 from runbooks.errors import Problem, Refused
 from runbooks.journal import Journal
 from runbooks.locks import Lease
 from runbooks.progress import JsonProgress
 from runbooks.request import prepare
 from runbooks.session import Order, Stop
-from runbooks.step import Result
+from runbooks.step import Activity, Result
 from tests.unit.runbook.workshop import DEFINITION, FAILURE, Killed, Workshop, fails, make_workshop
 
 
@@ -444,3 +446,46 @@ def test_a_signal_between_two_steps_ends_the_run(shop: Workshop, number: str) ->
     session = shop.session("r1", Order(), stop)
     ended = engine.start(prepare(definitions.load("mend"), shop.inventory, {}, session), session)
     assert (ended.code, ended.state.state, ended.state.reason) == (130, "interrupted", f"stopped by {number}")
+
+
+def test_the_blast_radius_counts_the_effects_of_the_step_that_did_not_end(shop: Workshop) -> None:
+    def works(_variables: Any, _interrupted: Any) -> Result:
+        journal = shop.journal()
+        journal.attach("r1", 1)
+        for host, done in (("a", True), ("b", True), ("c", False)):
+            effect = {"task": "Drive it in", "host": host, "action": "copy"}
+            journal.append("effect_intended", "nail", effect)
+            if done:
+                journal.append("effect_done", "nail", {**effect, "changed": True})
+        journal.close()
+        return fails()
+
+    shop.scripts["nail"] = works
+    ended = shop.run()
+    problem = outlook.aftermath(shop.journal(), ended.state, "failed")
+    assert problem is not None
+    assert problem.touched == (
+        "Done and kept: saw (the plank); begun and perhaps in part done: nail (the post: 2 changes recorded, the "
+        "outcome of 'Drive it in' on c is not known)"
+    )
+
+
+def test_a_plain_pipe_shows_signs_of_life_and_the_end_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    progress, step = Progress(stream), Step("saw", "Saw", Path("saw.yml"), 40.0, 400.0, (), gate=False)
+    progress.begin(step)
+    progress.activity(Activity("Cut", ["here"]))
+    for now in (101, 130, 131, 140, 141, 169, 171):
+        clock[0] = float(now)
+        progress.tick()
+    progress.end(step, Result("ok"), 71.0)
+    lines = [text.partition(" ")[2] for text in stream.getvalue().splitlines()]
+    assert lines == [
+        "[1/0] saw: Saw (budget 40.0 s)",
+        "[1/0] saw: 30.0 s of its budget of 40.0 s, at: Cut (here)",
+        "[1/0] saw: is over its budget of 40.0 s, at: Cut (here)",
+        "[1/0] saw: 71.0 s, at: Cut (here)",
+        "[1/0] saw: ok after 71.0 s, over its budget of 40.0 s",
+    ]
