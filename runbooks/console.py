@@ -157,7 +157,15 @@ class Shelf:
     since: dict[str, int] = field(default_factory=dict)
     states: dict[str, RunState] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
+    judged: dict[str, float] = field(default_factory=dict)
     fault: str = ""
+
+    def doubtful(self, run: str) -> bool:
+        """Whether to ask again if a run goes on: no record says when its process dies. A store of locks that is not
+        the journal's own database is a service on the network, and asked less often."""
+        state = self.states[run]
+        patience = RESCAN_S if state.lock_store else 0.0
+        return state.state == "running" and time.monotonic() - self.judged.get(run, 0.0) >= patience
 
 
 class Desk:
@@ -226,11 +234,11 @@ class Desk:
             order = [run for run in shelf.journal.runs() if run in shelf.states] if runs else list(shelf.rows)
             rows = {}
             for number, run in enumerate(order, 1):
-                known = shelf.rows.get(run)
-                newest = number == len(order)
-                # Whether a running one still lives, no record says.
-                if known is None or run in runs or shelf.states[run].state == "running" or (known.next and not newest):
+                known, newest = shelf.rows.get(run), number == len(order)
+                overtaken = known is not None and known.next is not None and not newest
+                if known is None or run in runs or overtaken or shelf.doubtful(run):
                     known = self._row(shelf.journal, shelf.states[run], newest=newest)
+                    shelf.judged[run] = time.monotonic()
                 rows[run] = known
             shelf.rows, shelf.head, shelf.fault = rows, head, ""
         except Problem as problem:
@@ -386,7 +394,12 @@ class Server(ThreadingHTTPServer):
         self.desk = desk
         self.door = Doorkeeper(port, frozenset(f"{name}:{port}" for name in names), token)
         self.entered: Callable[[], None] = lambda: None
+        self.ended = False
         self._places = threading.BoundedSemaphore(CLIENTS)
+
+    def server_close(self) -> None:
+        self.ended = True
+        super().server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self._places.acquire(blocking=False):
@@ -406,7 +419,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no news; anything else is told without what was asked for, which may be secret."""
         error = sys.exception()
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) and not self.ended:
             print(f"console: a request failed ({type(error).__name__}: {error})", file=sys.stderr)
 
 

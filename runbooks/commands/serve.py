@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import ipaddress
 import json
 import os
@@ -153,15 +154,22 @@ def _token(path: Path) -> str:
     return token
 
 
+def _known() -> Mapping[str, Callable[[], Journal]]:
+    """A server that does not answer must not keep the others' pages waiting."""
+    from runbooks import journal as journals
+
+    places = journals.known_journals()
+    return {name: functools.partial(place.open, journals.GLANCE_S) for name, place in places.items()}
+
+
 def _journals(
     inventories: list[str],
 ) -> tuple[Callable[[], Mapping[str, Callable[[], Journal]]], dict[str, str]]:
     """How the journals are opened, by environment, and the inventories by environment. Raises Problem."""
-    from runbooks import journal as journals
     from runbooks.environment import Environment
 
     if not inventories:
-        return lambda: {name: place.open for name, place in journals.known_journals().items()}, {}
+        return _known, {}
 
     environments = [Environment(Path(path)) for path in inventories]
     # Nothing is made where nothing has been run yet.

@@ -17,6 +17,7 @@ from runbooks import definition, page, report
 from runbooks.environment import Environment
 from runbooks.journal import Journal
 from runbooks.ledger import Record, boot_id
+from tests.unit.runbook import past
 
 INVENTORY = """
 all:
@@ -44,16 +45,13 @@ class Stage:
         self.now, self.wall = time.monotonic(), time.time()
 
     def run(self, *, ends: str = "succeeded", reason: str = "", steps: tuple[str, ...] = STEPS) -> None:
-        self.journal.begin(
+        fence = past.begin(
+            self.journal,
             RUN,
-            {
-                "runbook": "fail-over",
-                "environment": "unit",
-                "inventory": str(self.environment.path),
-                "parameters": {"to": "us-west-2"},
-                "steps": list(STEPS),
-                "left_out": [],
-            },
+            runbook="fail-over",
+            inventory=self.environment.path,
+            parameters={"to": "us-west-2"},
+            steps=list(STEPS),
         )
         for step in steps:
             outputs = {"lease_waited_s": 11.5} if step == "fence" else {}
@@ -69,7 +67,7 @@ class Stage:
                     "changed": [{"task": f"do {step}", "hosts": ["usw2-db1"]}],
                 },
             )
-        self.journal.finish(ends, reason)  # type: ignore[arg-type]
+        past.finish(self.journal, fence, ends, reason)
 
     def ledger(self, *, gap: float = 20.0, lost: int = 0, readback: bool = True) -> None:
         """One client: ten writes in the east, a gap, ten in the west; the last ``lost`` eastern ones are gone."""
