@@ -7,6 +7,7 @@ who decide about one incident the first record counts, so an alert that comes te
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shlex
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +116,33 @@ def every(journal: Journal, environment: Environment, known: Policy) -> list[Sta
         for rule in known.rules.values()
         for region in regions(environment)
     ]
+
+
+def unanswered(journal: Journal, environment: Environment, now: float) -> list[tuple[Rule, str, Decided]]:
+    """What was proposed, or was to start, and nobody has taken up: rule, the event's run, decision. Raises Problem."""
+    known, found = policy(environment), []
+    for rule in known.rules.values():
+        forever = replace(rule, window_s=math.inf)
+        for region in regions(environment):
+            run = place(rule.name, region)
+            records = journal.records(run)
+            decided = events.decisions(records)
+            if not decided:
+                continue
+            since = events.tally(events.votes(records), region, forever, known, now).incident
+            waiting = events.unanswered(decided, since, _began(journal, rule.runbook), now)
+            if waiting is not None:
+                found.append((rule, run, waiting))
+    return found
+
+
+def _began(journal: Journal, runbook: str) -> float:
+    """When a runbook was begun last; 0 when it never was."""
+    for run in reversed(journal.runs()):
+        for record in journal.records(run):
+            if record.kind == "run_started" and record.data["runbook"] == runbook:
+                return record.wall
+    return 0.0
 
 
 # -- taking in

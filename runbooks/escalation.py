@@ -6,12 +6,13 @@ at the same moment tell people once, because the first intent in the journal cou
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runbooks import definition, notify, outlook
+from runbooks import alerts, definition, notify, outlook
 from runbooks.errors import Problem
 from runbooks.notify import Delivery, Notifier
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from runbooks.journal import Journal, Record
 
 STALE_S = 24 * 3600.0
-"""Older matters are left to the reports: who sets up the timer today is not woken for last week."""
+"""Seconds after which a matter is left to the reports: who sets up the timer today is not woken for last week."""
 ABANDONED_S = 60.0
 """Seconds after which the sender of a run that is over is not sending any more (longer than ``notify.GIVE_UP_S``)."""
 RUNS = 50
@@ -38,13 +39,10 @@ class Matter:
     next_command: str
 
 
-def matter(records: Sequence[Record], shown: str, severity: str, superseded: bool) -> Matter | None:
-    """What a run waits for, if anything.
-
-    shown: its state as seen from outside ("dead": its process is gone). superseded: its runbook was started again.
-    """
+def matter(records: Sequence[Record], shown: str, severity: str) -> Matter | None:
+    """What a run waits for, if anything. shown: its state as seen from outside ("dead": its process is gone)."""
     last = next((r for r in reversed(records) if r.kind in STARTS), None)
-    if last is None or superseded:
+    if last is None:
         return None
     run, reason = last.run, str(last.data.get("reason", ""))
     since, key = last.wall, f"{shown}:{last.seq}"
@@ -56,7 +54,11 @@ def matter(records: Sequence[Record], shown: str, severity: str, superseded: boo
         # Since its last sign of life, and not since its start.
         written = max(r.wall for r in records if r.fence is not None or r is last)
         found = Matter(key, "its process is gone with its work unfinished", written, f"runbook resume {run}")
-    elif shown in ("failed", "refused", "interrupted") and severity == "critical":
+    elif (
+        shown in ("failed", "refused", "interrupted", "undone")
+        and severity == "critical"
+        and (shown != "undone" or reason)
+    ):
         found = Matter(key, reason or f"it ended {shown}", since, f"runbook resume {run}")
     else:
         return None
@@ -74,17 +76,29 @@ def due(since: float, now: float, after_s: float, most: int) -> int:
 
 def look(journal: Journal) -> Iterator[tuple[str, str, Matter | None]]:
     """The newest runs of an environment: run, its state as seen from outside, and what it waits for."""
-    started_again: set[str] = set()
     for run in list(reversed(journal.runs()))[:RUNS]:
-        records = journal.records(run)
         state = journal.state(run)
         shown = outlook.shown_state(journal, state)
-        try:
-            severity = definition.load(state.runbook).severity
-        except Problem:
-            severity = "critical"
-        yield run, shown, matter(records, shown, severity, state.runbook in started_again)
-        started_again.add(state.runbook)
+        runbook, severity = None, "critical"
+        with contextlib.suppress(Problem):
+            runbook = definition.load(state.runbook)
+            severity = runbook.severity
+        found = matter(journal.records(run), shown, severity)
+        if found is not None and outlook.successor(journal, state, runbook) is not None:
+            found = None
+        yield run, shown, found
+
+
+def proposals(journal: Journal, environment: Environment, now: float) -> Iterator[tuple[str, str, Matter | None]]:
+    """The same of what alerts have proposed."""
+    try:
+        waiting = alerts.unanswered(journal, environment, now)
+    except Problem:
+        # What alerts may do is broken; that is said where an alert comes in.
+        return
+    for rule, run, decided in waiting:
+        what = f"{decided.reason}, and runbook {rule.runbook} has not been run since"
+        yield run, "proposed", Matter(f"proposed:{decided.seq}", what, decided.at, "runbook event show")
 
 
 def escalate(
@@ -99,30 +113,24 @@ def escalate(
     def abandoned(delivery: Delivery) -> bool:
         return now - delivery.at > ABANDONED_S
 
-    for run, shown, open_matter in look(journal):
-        stale = open_matter is not None and now - open_matter.since > STALE_S
-        unsettled = shown != "running" and any(
-            d.outcome in (None, "failed") and now - d.at < STALE_S
-            for d in notify.deliveries(journal.records(run)).values()
-        )
-        if not unsettled and (open_matter is None or stale):
+    for run, shown, waits in (*look(journal), *proposals(journal, environment, now)):
+        number = 0 if waits is None else due(waits.since, now, configured.escalate_after_s, configured.escalations)
+        dead = waits is not None and shown == "dead" and now - waits.since < STALE_S
+        told = notify.deliveries(journal.records(run)).values()
+        unsettled = shown != "running" and any(d.outcome in (None, "failed") and now - d.at < STALE_S for d in told)
+        if not (number or dead or unsettled):
             continue
         notifier = Notifier(journal, environment, run)
         notifiers.append(notifier)
         if unsettled:
             notifier.settle(abandoned)
-        if open_matter is None or stale:
-            continue
-        if shown == "dead":
-            notifier.event("dead", None, open_matter.what, open_matter.key, open_matter.next_command)
-        number = due(open_matter.since, now, configured.escalate_after_s, configured.escalations)
-        if number:
-            minutes = round((now - open_matter.since) / 60)
-            text = f"Nobody has acknowledged this for {minutes} min: {open_matter.what}"
-            notifier.event(
-                "escalated", None, text, f"escalated:{open_matter.key}:{number}", f"runbook notify ack {run}"
-            )
-            found.append((run, open_matter, number))
+        if waits is not None and dead:
+            notifier.event("dead", None, waits.what, waits.key, waits.next_command)
+        if waits is not None and number:
+            minutes = round((now - waits.since) / 60)
+            text = f"Nobody has acknowledged this for {minutes} min: {waits.what}"
+            notifier.event("escalated", None, text, f"escalated:{waits.key}:{number}", f"runbook notify ack {run}")
+            found.append((run, waits, number))
     until = time.monotonic() + patience_s
     for notifier in notifiers:
         notifier.close(max(0.1, until - time.monotonic()))

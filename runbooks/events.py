@@ -404,13 +404,14 @@ UNDECIDED_S = 60.0
 """Seconds after which a decision without an outcome is one whose process was killed."""
 
 
-def unanswered(decided: Sequence[Decided], found: Tally, run_began: float, now: float) -> Decided | None:
+def unanswered(decided: Sequence[Decided], said_since: int, run_began: float, now: float) -> Decided | None:
     """The decision that still waits for a person: a proposal, or a start of which nothing came.
 
-    run_began: unix seconds when the rule's runbook was begun last, by whomever.
+    said_since: the incident as it is when words do not grow old (0: all were taken back); a proposal waits longer than
+    its witnesses' words count. run_began: unix seconds when the rule's runbook was begun last, by whomever.
     """
-    for d in decided:
-        live = d.incident == found.incident and not d.acknowledged and run_began <= d.at
-        if live and (d.outcome in ("proposed", "refused") or (not d.outcome and now - d.at > UNDECIDED_S)):
+    for d in reversed(decided):
+        still = 0 < said_since <= d.incident and not d.acknowledged and run_began <= d.at
+        if still and (d.outcome in ("proposed", "refused") or (not d.outcome and now - d.at > UNDECIDED_S)):
             return d
     return None

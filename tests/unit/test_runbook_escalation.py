@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runbooks import escalation
+from runbooks import alerts, escalation, events
 from runbooks.escalation import due, matter
 from runbooks.journal import Journal, Record
 from tests.unit.runbook.place import ROOT, Place, make_place
 from tests.unit.runbook.post_office import Office, accepted, office
 from tests.unit.runbook.world import World, start
+from tests.unit.test_runbook_events import EAST, WEST, alert, described, message
 
 RUN = "20261121-180000-paint-ab12"
 
@@ -34,49 +34,45 @@ FAILED = record(3, "run_finished", state="failed", reason="the bucket has a hole
 
 
 @pytest.mark.parametrize(
-    ("records", "shown", "severity", "superseded", "wanted"),
+    ("records", "shown", "severity", "wanted"),
     [
-        ([STARTED], "running", "critical", False, None),
-        ([STARTED, FAILED], "failed", "critical", False, ("failed:3", 3000.0, "the bucket has a hole")),
-        ([STARTED, FAILED], "failed", "high", False, None),
-        ([STARTED, FAILED], "failed", "critical", True, None),
-        ([STARTED, FAILED, record(4, "acknowledged")], "failed", "critical", False, None),
+        ([STARTED], "running", "critical", None),
+        ([STARTED, FAILED], "failed", "critical", ("failed:3", 3000.0, "the bucket has a hole")),
+        ([STARTED, FAILED], "failed", "high", None),
+        ([STARTED, record(3, "run_finished", state="undone")], "undone", "critical", None),
+        ([STARTED, FAILED, record(4, "acknowledged")], "failed", "critical", None),
         (
             [STARTED, record(2, "acknowledged"), FAILED],
             "failed",
             "critical",
-            False,
             ("failed:3", 3000.0, "the bucket has a hole"),
         ),
         (
             [STARTED, record(2, "step_started"), record(9, "notify_done")],
             "dead",
             "low",
-            False,
             ("dead:1", 2000.0, "its process is gone with its work unfinished"),
         ),
         (
             [STARTED, record(3, "run_finished", state="waiting")],
             "waiting",
             "low",
-            False,
             ("waiting:3", 3000.0, "it waits for an approval"),
         ),
         (
             [STARTED, record(3, "run_finished", state="waiting"), record(5, "approval_given")],
             "waiting",
             "low",
-            False,
             ("waiting:3", 5000.0, "it waits for an approval"),
         ),
-        ([STARTED, record(3, "run_finished", state="succeeded")], "succeeded", "critical", False, None),
-        ([record(1, "approval_given")], "waiting", "critical", False, None),
+        ([STARTED, record(3, "run_finished", state="succeeded")], "succeeded", "critical", None),
+        ([record(1, "approval_given")], "waiting", "critical", None),
     ],
 )
 def test_what_a_run_waits_for(
-    records: list[Record], shown: str, severity: str, superseded: bool, wanted: tuple[str, float, str] | None
+    records: list[Record], shown: str, severity: str, wanted: tuple[str, float, str] | None
 ) -> None:
-    found = matter(records, shown, severity, superseded)
+    found = matter(records, shown, severity)
     assert (None if found is None else (found.key, found.since, found.what)) == wanted
 
 
@@ -117,6 +113,32 @@ def test_each_escalation_is_said_once_however_often_the_timer_looks(world: World
     assert pages.got[0]["body"]["dedup_key"] == f"unit/{RUN}"
 
 
+def test_run_that_another_has_followed_is_quiet(world: World, pages: Office) -> None:
+    later = RUN.replace("18", "19")
+    world.journal.begin(later, {**start("no-such-runbook"), "environment": "unit"}, fence=2)
+    world.journal.append("step_started", "one", {})
+    world.journal.finish("succeeded")
+    assert look(world, 1000) == 0
+    assert pages.got == []
+
+
+def test_proposal_that_nobody_takes_up_is_said_again_until_it_is(world: World, pages: Office) -> None:
+    world.journal.record("acknowledged", RUN, None, {"name": "ada"})
+    world.variables.variables |= {"runbook_events": described(action="propose"), "regions": {EAST: {}, WEST: {}}}
+    for witness in ("frankfurt", "dublin", "tokyo"):
+        about, own = alerts.receive(world.journal, world.environment, events.digest(witness), message(alert()))
+    assert look(world, 100) == 0, "being planned still"
+    world.journal.record(
+        "alert_decided", own[0].run, None, {"incident": about[0].tally.incident, "outcome": "proposed"}
+    )
+    assert [look(world, after) for after in (899, 901, 902, 1801)] == [0, 1, 1, 1]
+    assert len(pages.got) == 2, "also when the witnesses' words have grown old"
+    assert "has not been run since" in pages.got[0]["body"]["payload"]["custom_details"]["what"]
+    for witness in ("frankfurt", "dublin", "tokyo"):
+        alerts.receive(world.journal, world.environment, events.digest(witness), message(alert("resolved")))
+    assert look(world, 2701) == 0
+
+
 def test_acknowledged_matter_is_quiet(world: World, pages: Office) -> None:
     world.journal.record("acknowledged", RUN, None, {"name": "ada"})
     assert look(world, 1000) == 0
@@ -137,36 +159,17 @@ def test_what_was_not_sent_is_sent_by_the_timer(world: World) -> None:
         assert [g["body"]["event_action"] for g in place.got] == ["trigger", "trigger"]
 
 
-LOOK = """
-import sys, time
-from pathlib import Path
-from runbooks import escalation
-from tests.unit.runbook.world import World, start
-with World.made(Path(sys.argv[1]), {parts}) as world:
-    print("ready", flush=True)
-    sys.stdin.readline()
-    escalation.escalate(world.journal, world.environment, 5, lambda: time.time() + 905)
-"""
+def test_machines_at_once_say_it_once(world: World, pages: Office, tmp_path: Path) -> None:
+    """Each with a connection of its own to the journal."""
+    together = threading.Barrier(4)
 
+    def one(_: int) -> int:
+        with World.made(tmp_path, world.notifications) as own:
+            together.wait()
+            return look(own, 905)
 
-def test_two_machines_at_once_say_it_once(world: World, pages: Office, tmp_path: Path) -> None:
-    code = LOOK.format(parts=repr(world.notifications))
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    children = [
-        subprocess.Popen(command, cwd=ROOT, env=os.environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for child in children:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        assert child.stdin is not None
-        child.stdin.write("\n")
-        child.stdin.close()
-    for child in children:
-        assert child.wait(20) == 0
-        assert child.stdout is not None
-        child.stdout.close()
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(one, range(4))) == [1, 1, 1, 1]
     assert len(pages.got) == 1
 
 

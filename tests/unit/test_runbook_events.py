@@ -339,10 +339,11 @@ def test_everything_is_in_the_journal(world: World, tmp_path: Path) -> None:
     ],
 )
 def test_what_still_waits_for_a_person(outcome: str, acknowledged: bool, began: float, age: float, waits: bool) -> None:
-    decided = events.Decided(5, 100.0, 1, "start", "x", "c", outcome, "", acknowledged)
-    found = events.unanswered([decided], Tally(1, {}, {}, ()), began, 100.0 + age)
-    assert (found is not None) is waits
-    assert events.unanswered([decided], Tally(2, {}, {}, ()), began, 100.0 + age) is None
+    decided = events.Decided(5, 100.0, 3, "start", "x", "c", outcome, "", acknowledged)
+    assert (events.unanswered([decided], 3, began, 100.0 + age) is not None) is waits
+    assert (events.unanswered([decided], 1, began, 100.0 + age) is not None) is waits
+    assert events.unanswered([decided], 4, began, 100.0 + age) is None, "said anew since"
+    assert events.unanswered([decided], 0, began, 100.0 + age) is None, "taken back"
 
 
 def test_document_is_json(world: World) -> None:
