@@ -8,34 +8,30 @@ it, so a record that is missing costs a repeated observation and never a repeate
 from __future__ import annotations
 
 import contextlib
-import getpass
 import hashlib
 import json
 import os
 import secrets
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from runbooks import database, keys
 from runbooks.anchors import Anchoring, Head
 from runbooks.anchors import parse as parse_anchor
 from runbooks.chain import COLUMNS, GENESIS, Link
 from runbooks.database import PATIENCE_S, Database, Execute, SQLite
-from runbooks.errors import Problem, Refused
+from runbooks.errors import Problem
+from runbooks.locks import Process
 from runbooks.records import KINDS, Record, RunOutcome, RunState, StepOutcome, StepState, dumps, fold
 
 __all__ = [
     "Journal",
-    "Lock",
     "LockLost",
-    "Process",
     "Record",
     "RunOutcome",
     "RunState",
@@ -47,9 +43,6 @@ __all__ = [
 T = TypeVar("T")
 Document = dict[str, Any]
 
-HEARTBEAT_S = 5.0
-# The holder on another machine cannot be looked at: this long without a heartbeat means that it is gone.
-SILENT_S = 60.0
 # The shortest patience with a journal that only one of several commands looks into.
 GLANCE_S = 3.0
 BEFORE = "journal_before"
@@ -60,58 +53,6 @@ HOLDING = ("run_started", "run_resumed", "run_finished")
 # What brings the end of the chain to the anchors.
 ANCHORED = ("step_finished", "run_finished", "approval_given")
 CHANGES_KEPT = 64
-
-LOCK = """
-CREATE TABLE IF NOT EXISTS lock (
-    environment TEXT PRIMARY KEY,
-    run TEXT NOT NULL,
-    token TEXT NOT NULL,
-    who TEXT NOT NULL,
-    host TEXT NOT NULL,
-    boot TEXT NOT NULL,
-    pid INTEGER NOT NULL,
-    pid_start TEXT NOT NULL,
-    since REAL NOT NULL,
-    heartbeat REAL NOT NULL
-)
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Process:
-    """The process that holds a lock. pid_start (clock ticks since boot) tells it from a later one with the same pid."""
-
-    who: str
-    host: str
-    boot: str
-    pid: int
-    pid_start: str
-
-    @classmethod
-    def current(cls) -> Self:
-        return cls(getpass.getuser(), socket.gethostname(), _boot(), os.getpid(), pid_start(os.getpid()) or "")
-
-
-@dataclass(frozen=True, slots=True)
-class Lock:
-    """Who works on an environment. since and heartbeat are unix seconds."""
-
-    environment: str
-    run: str
-    token: str
-    process: Process
-    since: float
-    heartbeat: float
-
-    def alive(self) -> bool:
-        """Whether the holder still exists; on another machine, whether it was heard of within SILENT_S."""
-        if self.process.host == socket.gethostname():
-            return self.process.boot == _boot() and pid_start(self.process.pid) == self.process.pid_start
-        return time.time() - self.heartbeat < SILENT_S
-
-    def describe(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(self.since))
-        return f"run {self.run} of {self.process.who} (process {self.process.pid} on {self.process.host}) since {since}"
 
 
 def new_id() -> str:
@@ -167,11 +108,8 @@ class Journal:
         self._before = bool(
             isinstance(self._db, SQLite) and self._db.read("SELECT 1 FROM sqlite_master WHERE name = ?", BEFORE)
         )
-        if isinstance(self._db, SQLite):
-            self._db.read(LOCK)
         self._key: Any = None
         self._public = ""
-        self._token: str | None = None
         self._run: str | None = None
         self._fence: int | None = None
         self._door = "runbook"
@@ -187,55 +125,6 @@ class Journal:
         if not self._closed:
             with contextlib.suppress(Problem):  # The record is for later; the run does not depend on it.
                 self.record("note", self._run or "", None, {"unanchored": text})
-
-    # -- the lock
-
-    def lock(self) -> Lock | None:
-        """Who holds the environment, if anyone."""
-        return self._lock(self._db.read) if isinstance(self._db, SQLite) else None
-
-    def _lock(self, execute: Execute) -> Lock | None:
-        rows = execute(
-            "SELECT environment, run, token, who, host, boot, pid, pid_start, since, heartbeat FROM lock "
-            "WHERE environment = ?",
-            self.environment,
-        )
-        if not rows:
-            return None
-        environment, run, token, who, host, boot, pid, start, since, heartbeat = rows[0]
-        return Lock(environment, run, token, Process(who, host, boot, pid, start), since, heartbeat)
-
-    def refuse_when_busy(self, resuming: str | None = None) -> None:
-        """Raises Refused when another run holds the environment, or a dead one does and this is not its resumption."""
-        self._refuse_when_busy(self._db.read, resuming)
-
-    def _refuse_when_busy(self, execute: Execute, resuming: str | None) -> None:
-        held = self._lock(execute)
-        if held is None:
-            return
-        if held.alive():
-            raise Refused(
-                f"Environment {self.environment} is being worked on by {held.describe()}",
-                code="lock-held",
-                next_command=f"runbook status {held.run}",
-            )
-        if held.run != resuming:
-            raise Refused(
-                f"Environment {self.environment} is still locked by {held.describe()}, whose process is gone with its "
-                "work unfinished",
-                code="lock-of-dead-run",
-                touched="What the dead run did stays done, nothing else was touched",
-                next_command=f"runbook resume {held.run}",
-            )
-
-    def beat(self) -> None:
-        """Show that this process lives. Raises LockLost."""
-
-        def work(execute: Execute) -> None:
-            self._own(execute)
-            execute("UPDATE lock SET heartbeat = ? WHERE token = ?", time.time(), self._token)
-
-        self._db.write(self.environment, work)
 
     # -- the book of locks
 
@@ -277,47 +166,41 @@ class Journal:
 
     # -- a run's records
 
-    def begin(self, run: str, data: Document, *, fence: int | None = None, door: str = "runbook") -> None:
-        """Record a run's start and write its records from now on. Raises Refused.
+    def begin(self, run: str, data: Document, *, fence: int, door: str = "runbook") -> None:
+        """Record a run's start and write its records from now on, under the fence of the lock that the run holds.
 
-        fence: of the lock that the run holds; without it the journal's own lock is taken, in the same transaction.
+        Raises LockLost when a newer fence than this one has been there.
         """
         self._hold(run, "run_started", data, fence, door)
 
-    def take_over(self, run: str, data: Document, *, fence: int | None = None, door: str = "runbook") -> None:
+    def take_over(self, run: str, data: Document, *, fence: int, door: str = "runbook") -> None:
         """Go on with a run that ended without success: whoever wrote its records until now no longer can.
 
-        Raises Refused; LockLost when a newer fence than this one has been there.
+        Raises LockLost when a newer fence than this one has been there.
         """
         self._hold(run, "run_resumed", data, fence, door)
 
-    def _hold(self, run: str, kind: str, data: Document, fence: int | None, door: str) -> None:
-        process, token, now, record = Process.current(), secrets.token_hex(8), time.time(), new_id()
-        said = {**data, "who": process.who, "host": process.host, "boot": process.boot, "pid": process.pid}
+    def _hold(self, run: str, kind: str, data: Document, fence: int, door: str) -> None:
+        process = Process.current()
+        who = {"who": process.who, "host": process.host, "boot": process.boot, "pid": process.pid}
+        entry = Entry(kind, run, None, {**data, **who}, fence, door)
 
-        def work(execute: Execute) -> int:
-            newest, _ = self._fence_of(execute, run)
-            if self._has(execute, record):
-                return newest
-            if fence is not None and fence <= newest:
+        def work(execute: Execute) -> None:
+            if self._has(execute, entry.id):
+                return
+            if fence <= self._fence_of(execute, run)[0]:
                 raise LockLost(run)
-            if fence is None:
-                self._refuse_when_busy(execute, run if kind == "run_resumed" else None)
-                values = self.environment, run, token, *_values(process), now, now
-                execute("INSERT OR REPLACE INTO lock VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *values)
-            taken = self._next_fence(execute) if fence is None else fence
-            self._insert(execute, Entry(kind, run, None, said, taken, door, record))
-            return taken
+            self._insert(execute, entry)
 
-        self._fence = self._db.write(self.environment, work)
-        self._run, self._token, self._door = run, token if fence is None else None, door
+        self._write(work)
+        self._run, self._fence, self._door = run, fence, door
 
     def attach(self, run: str, fence: int, door: str = "runbook") -> None:
         """Write records of a run that another process holds, as long as that process's fence is the newest.
 
         Raises LockLost when it is not.
         """
-        self._run, self._fence, self._door, self._token = run, fence, door, None
+        self._run, self._fence, self._door = run, fence, door
         self._own(self._db.read)
 
     def append(self, kind: str, step: str | None, data: Document) -> None:
@@ -330,7 +213,7 @@ class Journal:
                 written.append(self._insert(execute, entry))
 
         written: list[Link] = []
-        self._db.write(self.environment, work)
+        self._write(work)
         if kind in ANCHORED:
             self._anchoring.offer(Head.of(written[-1]))
 
@@ -345,12 +228,12 @@ class Journal:
                 written.append(self._insert(execute, entry))
 
         written: list[Link] = []
-        self._db.write(self.environment, work)
+        self._write(work)
         if kind in ANCHORED:
             self._anchoring.offer(Head.of(written[-1]))
 
     def finish(self, state: RunOutcome, reason: str = "") -> None:
-        """Record the end of the run (and give the journal's own lock back). Raises LockLost."""
+        """Record the end of the run, after which only ``record`` and ``take_over`` add to it. Raises LockLost."""
         entry = Entry("run_finished", str(self._run), None, {"state": state, "reason": reason}, self._fence, self._door)
 
         def work(execute: Execute) -> None:
@@ -358,30 +241,32 @@ class Journal:
                 return
             self._own(execute)
             written.append(self._insert(execute, entry))
-            if self._token is not None:
-                execute("DELETE FROM lock WHERE token = ?", self._token)
 
         written: list[Link] = []
-        self._db.write(self.environment, work)
+        self._write(work)
         self._anchoring.offer(Head.of(written[-1]))
 
-    def abort(self, run: str, reason: str, *, fence: int | None = None, door: str = "runbook") -> None:
-        """Give up an unfinished run whose process is gone. Raises Refused when it is alive."""
-        record = new_id()
+    def abort(self, run: str, reason: str, *, fence: int, door: str = "runbook") -> None:
+        """Record that an unfinished run was given up. Raises LockLost when a newer fence has been there."""
+        entry = Entry("run_finished", run, None, {"state": "aborted", "reason": reason}, fence, door)
 
         def work(execute: Execute) -> None:
-            if self._has(execute, record):
+            if self._has(execute, entry.id):
                 return
-            if fence is None:
-                self._refuse_when_busy(execute, run)
-                execute("DELETE FROM lock WHERE environment = ? AND run = ?", self.environment, run)
-            taken = self._next_fence(execute) if fence is None else fence
-            data = {"state": "aborted", "reason": reason}
-            written.append(self._insert(execute, Entry("run_finished", run, None, data, taken, door, record)))
+            if fence <= self._fence_of(execute, run)[0]:
+                raise LockLost(run)
+            written.append(self._insert(execute, entry))
 
         written: list[Link] = []
-        self._db.write(self.environment, work)
+        self._write(work)
         self._anchoring.offer(Head.of(written[-1]))
+
+    def _write(self, work: Callable[[Execute], None]) -> None:
+        if self._key is None:
+            # Before the transaction: others wait for its end, and the first use of a key takes its time.
+            self._key = keys.journal_key()
+            self._public = keys.public(self._key)
+        self._db.write(self.environment, work)
 
     # -- inside a transaction
 
@@ -399,20 +284,12 @@ class Journal:
         )
         return rows[0] if rows else (0, "")
 
-    def _next_fence(self, execute: Execute) -> int:
-        rows = execute("SELECT COALESCE(MAX(fence), 0) + 1 FROM journal WHERE environment = ?", self.environment)
-        return int(rows[0][0])
-
     def _own(self, execute: Execute) -> None:
         if self._fence is None:
             raise LockLost(self._run)
         fence, kind = self._fence_of(execute, str(self._run))
         if fence != self._fence or kind == "run_finished":
             raise LockLost(self._run)
-        if self._token is not None:
-            held = self._lock(execute)
-            if held is None or held.token != self._token:
-                raise LockLost(self._run)
 
     def _insert(self, execute: Execute, entry: Entry) -> Link:
         if entry.kind not in KINDS:
@@ -428,9 +305,6 @@ class Journal:
         return self._add(execute, entry, seq, prev)
 
     def _add(self, execute: Execute, entry: Entry, seq: int, prev: str) -> Link:
-        if self._key is None:
-            self._key = keys.journal_key()
-            self._public = keys.public(self._key)
         link = Link(
             environment=self.environment,
             seq=seq + 1,
@@ -536,53 +410,6 @@ def history(execute: Execute) -> Document:
     for row in rows:
         digest.update(json.dumps(row, separators=(",", ":"), default=repr).encode() + b"\n")
     return {"records": len(rows), "sha256": digest.hexdigest()}
-
-
-def _values(process: Process) -> tuple[str, str, str, int, str]:
-    return process.who, process.host, process.boot, process.pid, process.pid_start
-
-
-class Heartbeat:
-    """Beats for the holder of the lock in the background; ``lost`` says that somebody else has taken over."""
-
-    def __init__(self, journal: Journal) -> None:
-        self.lost = threading.Event()
-        self._journal = journal
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            try:
-                self._journal.beat()
-            except LockLost:
-                self.lost.set()
-                return
-            except Problem:
-                # A disk that is full or busy for a moment: the next record says so, where it can be reported.
-                continue
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-
-
-def pid_start(pid: int) -> str | None:
-    """Clock ticks from boot to the start of the process; None when there is none, or only its remains (a zombie)."""
-    try:
-        # The name in brackets may hold anything, also spaces and brackets; after the last one come state, ppid, ...
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else fields[19]
 
 
 # -- where the journals of this machine are, for commands that are given no inventory
@@ -699,14 +526,6 @@ def find(run: str | None, journals: Sequence[Journal] | None = None) -> tuple[Jo
     for journal in {entry[1] for entry in found} - {newest[1]}:
         journal.close()
     return newest[1], newest[2]
-
-
-def shown_state(journal: Journal, state: RunState) -> str:
-    """A run that says "running" and whose process is gone is dead."""
-    if state.state != "running":
-        return state.state
-    lock = journal.lock()
-    return "running" if lock is not None and lock.run == state.run and lock.alive() else "dead"
 
 
 @contextmanager

@@ -58,6 +58,11 @@ class Process:
         machine = f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116 - the link's target is no file
         return cls(getpass.getuser(), socket.gethostname(), machine, os.getpid(), pid_start(os.getpid()) or "")
 
+    @property
+    def boot(self) -> str:
+        """The kernel's id of its boot."""
+        return self.machine.partition("/")[0]
+
     def gone(self) -> bool:
         """Whether it certainly does not exist any more; False also where that cannot be seen from here."""
         here = self.current()

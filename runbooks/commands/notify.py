@@ -52,7 +52,7 @@ def _test(arguments: argparse.Namespace) -> int:
     from concurrent.futures import ThreadPoolExecutor
 
     from runbooks import notify
-    from runbooks.journal import Process
+    from runbooks.locks import Process
     from runbooks.receivers import Message
 
     environment = _environment(arguments)
@@ -117,7 +117,8 @@ def _escalate(arguments: argparse.Namespace) -> int:
 
 def _ack(arguments: argparse.Namespace) -> int:
     from runbooks.environment import Environment
-    from runbooks.journal import Process, find, opened
+    from runbooks.journal import find, opened
+    from runbooks.locks import Process
     from runbooks.notify import Notifier
 
     environment = _environment(arguments) if arguments.inventory or arguments.run.startswith("event:") else None
