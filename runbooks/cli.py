@@ -83,6 +83,9 @@ def tell(problem: Problem, *, as_json: bool) -> None:
     """One sentence for a person on standard error, or one line of JSON on standard output."""
     if as_json:
         print(json.dumps(problem.document()), flush=True)
+    elif sys.stderr.isatty():
+        # A person at a terminal gets a line for each, so that the next command can be copied whole.
+        print(f"error: {problem.what}.\n{problem.touched}.\nnext: {problem.next_command}", file=sys.stderr, flush=True)
     else:
         print(f"error: {problem}", file=sys.stderr, flush=True)
 

@@ -15,6 +15,7 @@ from runbooks.journal import RunState
 from runbooks.step import Activity, Result
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from runbooks.request import Request
@@ -162,16 +163,19 @@ class LiveProgress(Progress):
         self._now = ""
         self._headline = ""
         self._failures: list[str] = []
+        self._console: Console | None = None
+        self._shown = 0.0
 
     @contextmanager
     def showing(self, request: Request, state: RunState) -> Iterator[None]:
         from rich.console import Console
         from rich.live import Live
 
-        self._console = Console(file=self.stream)
+        self._shown = time.monotonic()
+        console = self._console = Console(file=self.stream)
         self._headline = headline(request)
         for text in notes(request, state):
-            self._console.print(text, style="yellow", markup=False)
+            console.print(text, style="yellow", markup=False)
         for step in request.definition.steps:
             done = state.steps[step.id]
             kept = step.id not in state.pending
@@ -183,11 +187,11 @@ class LiveProgress(Progress):
                 "says": done.says if kept else "",
             }
         try:
-            with Live(get_renderable=self._table, console=self._console, refresh_per_second=4):
+            with Live(get_renderable=self._table, console=console, refresh_per_second=4):
                 yield
         finally:
             for line in self._failures:
-                self._console.print(line, style="red", markup=False, highlight=False)
+                console.print(line, style="red", markup=False, highlight=False)
 
     def _table(self) -> Table:
         from rich.table import Table
@@ -198,8 +202,11 @@ class LiveProgress(Progress):
         table.add_column("Step", no_wrap=True)
         table.add_column("Took", justify="right", no_wrap=True)
         table.add_column("Budget", justify="right", no_wrap=True)
-        table.add_column("", ratio=1)
+        table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis")
         with self._mutex:
+            budget = sum(row["step"].budget_s for row in self._rows.values() if row["state"] != "undone")
+            total = f"in all {seconds(time.monotonic() - self._shown)}, budget {seconds(budget)}"
+            table.caption, table.caption_justify = Text(total, style="dim"), "left"
             for row in self._rows.values():
                 step, state = row["step"], row["state"]
                 took = time.monotonic() - row["began"] if state == "running" else row["elapsed"]
@@ -231,7 +238,10 @@ class LiveProgress(Progress):
         self._failures += failure_lines(result)
 
     def note(self, text: str) -> None:
-        self._line(text)
+        if self._console is None:
+            self._line(text)
+        else:  # Above the table, which would be torn otherwise.
+            self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False)
 
 
 class JsonProgress(Progress):

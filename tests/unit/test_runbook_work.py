@@ -25,7 +25,7 @@ from runbooks.definition import Step
 from runbooks.errors import Problem, Refused
 from runbooks.journal import Journal
 from runbooks.locks import Lease
-from runbooks.progress import JsonProgress
+from runbooks.progress import JsonProgress, Progress
 from runbooks.request import prepare
 from runbooks.session import Order, Stop
 from runbooks.step import Activity, Result
