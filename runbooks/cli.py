@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "docs": ("runbooks.commands.docs", "the documentation page of a runbook"),
     "generate": ("runbooks.commands.generate", "write what the definitions yield: playbooks, pages, AWX objects"),
     "event": ("runbooks.commands.event", "take alerts in, and show what the witnesses say"),
+    "awx": ("runbooks.commands.awx", "what the runbooks are in AWX, and whether a live one has it"),
     "notify": ("runbooks.commands.notify", "test receivers, say again what nobody acknowledged, acknowledge"),
     "serve": ("runbooks.commands.serve", "the console: history and live progress in a browser"),
     "evidence": ("runbooks.commands.evidence", "whether the journal is what was written, and proof of it"),

@@ -490,6 +490,8 @@ def _faults(thing: Thing, found: Mapping[Key, Thing]) -> Iterator[str]:
         yield from _project_faults(values)
     if thing.key[0] == "notification_template":
         yield from _notification_faults(values)
+    if thing.key[0] == "credential_type":
+        yield from _injector_faults(values)
 
 
 def _project_faults(values: Mapping[str, Any]) -> Iterator[str]:
@@ -578,6 +580,37 @@ def _notification_faults(values: Mapping[str, Any]) -> Iterator[str]:
             yield f"notification_configuration: {name} is empty"
     for name in sorted(set(values["messages"]) - set(MESSAGES)):
         yield f"messages has an unknown event {name}"
+
+
+def _injector_faults(values: Mapping[str, Any]) -> Iterator[str]:
+    """What AWX refuses of a credential type's injectors (CredentialTypeInjectorField.validate)."""
+    fields = values["inputs"].get("fields", [])
+    ids = [field.get("id") for field in fields]
+    if len(set(ids)) != len(ids):
+        yield "two of its inputs have one id"
+    injectors = values["injectors"]
+    for name in sorted(set(injectors) - {"file", "env", "extra_vars"}):
+        yield f"injectors has an unknown part {name}"
+    for name in injectors.get("env", {}):
+        if name.startswith("ANSIBLE_"):
+            yield f"injectors may not set {name}: AWX refuses what begins with ANSIBLE_"
+    try:
+        from jinja2 import StrictUndefined, TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        return
+    files = [name for name in injectors.get("file", {}) if name.startswith("template")]
+    if "template" in files and len(files) > 1:
+        yield "injectors has several files, of which each needs a name (template.NAME)"
+    named: Any = {name.partition(".")[2]: "EXAMPLE" for name in files if "." in name}
+    space = {**{str(i): "EXAMPLE" for i in ids}, "tower": {"filename": "EXAMPLE" if "template" in files else named}}
+    templates = ImmutableSandboxedEnvironment(undefined=StrictUndefined)
+    for part in ("file", "env"):
+        for name, text in injectors.get(part, {}).items():
+            try:
+                templates.from_string(text).render(space)
+            except TemplateError as error:
+                yield f"injectors: {name} is no template of its inputs ({error})"
 
 
 def _node_faults(node: Thing, found: Mapping[Key, Thing]) -> Iterator[str]:
@@ -695,7 +728,7 @@ def _answer_faults(template: Thing, answers: Mapping[str, Any], *, schedule: boo
                 yield f"its answer to {name} is {value!r}, which is none of {', '.join(choices)}"
     if schedule:
         for name, question in questions.items():
-            if question.get("required") and name not in answers and question.get("default", "") == "":
+            if question.get("required") and name not in answers:
                 yield f"it does not answer {name}, which {template.describe()} needs"
 
 
