@@ -259,8 +259,8 @@ class Within(Work):
     def _run(self, playbook: Path, timeout_s: float, what: str) -> Result:
         if what not in self._door.entry.units:
             return super()._run(playbook, timeout_s, what)
-        secrets = [str(value) for value in self.request.secrets.values()]
-        return self._door.hand_over(Turn(what, timeout_s, Effects(self._journal, secrets, what), dict(self._outputs)))
+        effects = Effects(self._journal, self.request.hidden(), what)
+        return self._door.hand_over(Turn(what, timeout_s, effects, dict(self._outputs)))
 
 
 class Door:

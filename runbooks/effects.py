@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from runbooks import vault
 from runbooks.errors import Problem, Refused
 from runbooks.journal import Journal, LockLost
 from runbooks.redact import HIDDEN, redact
@@ -137,18 +139,19 @@ def _lines(text: Any) -> frozenset[str]:
     return frozenset(str(text or "").splitlines())
 
 
-def secret_values(names: str, variables: Mapping[str, Any]) -> list[str]:
-    """The values of the secret parameters that RUNBOOK_SECRETS names."""
-    return [str(variables[name]) for name in names.split(",") if name in variables]
+def attach(variables: Mapping[str, Any], inventories: Sequence[str], loader: Any) -> Effects:
+    """To the run whose engine started this ansible-playbook, with its extra variables. Raises Problem, LockLost.
 
-
-def attach(variables: Mapping[str, Any]) -> Effects:
-    """To the run whose engine started this ansible-playbook. Raises Problem, LockLost."""
+    inventories, loader: Ansible's own, to know what its vaults hold.
+    """
     environment = os.environ
     journal = Journal(environment["RUNBOOK_JOURNAL"], environment["RUNBOOK_ENVIRONMENT"])
     journal.attach(environment["RUNBOOK_RUN"], int(environment["RUNBOOK_FENCE"]), environment.get("RUNBOOK_DOOR", ""))
-    values = secret_values(environment.get("RUNBOOK_SECRETS", ""), variables)
-    return Effects(journal, values, environment.get("RUNBOOK_STEP"))
+    names = environment.get("RUNBOOK_SECRETS", "").split(",")
+    hidden = {str(variables[name]) for name in names if name in variables}
+    for inventory in inventories:
+        hidden |= vault.values(Path(inventory), loader)
+    return Effects(journal, frozenset(hidden), environment.get("RUNBOOK_STEP"))
 
 
 def lost(run: str) -> Problem:

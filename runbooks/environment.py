@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shlex
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runbooks import vault
 from runbooks.database import is_url, without_password
 from runbooks.errors import Problem, one_line
 from runbooks.journal import Journal, remember, state_home
@@ -141,6 +143,11 @@ class Environment:
                 next_command=f"ansible-inventory -i {self.path} --list",
             )
         return self.get(name)
+
+    @functools.cached_property
+    def vaulted(self) -> frozenset[str]:
+        """The texts that the inventory keeps encrypted: they are not to be written down anywhere."""
+        return vault.values(self.path, self._loader)
 
     @property
     def state_directory(self) -> Path:

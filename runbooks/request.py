@@ -45,10 +45,14 @@ class Request:
         """The playbooks' extra variables."""
         return {"runbook_run": self.run, "runbook_left_out": self.left_out, **self.parameters, **self.secrets}
 
+    def hidden(self) -> frozenset[str]:
+        """The texts that are written down nowhere."""
+        return self.environment.vaulted | frozenset(map(str, self.secrets.values()))
+
     def clean(self, value: Any) -> Any:
         """The value without the secrets that a playbook may have let out."""
         if isinstance(value, str):
-            for secret in sorted(map(str, self.secrets.values()), key=len, reverse=True):
+            for secret in sorted(self.hidden(), key=len, reverse=True):
                 value = value.replace(secret, HIDDEN)
             return value
         if isinstance(value, Mapping):

@@ -85,7 +85,7 @@ class CallbackModule(CallbackBase):
         path = Path(playbook._file_name).absolute()
         check = bool(context.CLIARGS.get("check"))
         if "RUNBOOK_FENCE" in os.environ and not check:
-            self._do(lambda: self._attach(plays))
+            self._do(lambda: self._attach(playbook, plays))
         elif plays and "RUNBOOK_PROCESS_OF" not in os.environ and is_runbook(path, plays):
             self._do(lambda: self._enter(path, plays, check))
         # A callback that is disabled is not called again: other playbooks are not slowed down.
@@ -93,10 +93,11 @@ class CallbackModule(CallbackBase):
         if not self.disabled:
             end_with_parent()
 
-    def _attach(self, plays):
+    def _attach(self, playbook, plays):
         from runbooks import effects
 
-        self._effects = effects.attach(plays[0].get_variable_manager().extra_vars if plays else {})
+        variables = plays[0].get_variable_manager().extra_vars if plays else {}
+        self._effects = effects.attach(variables, context.CLIARGS.get("inventory") or [], playbook.get_loader())
 
     def _enter(self, path, plays, check):
         from runbooks import door
