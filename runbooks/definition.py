@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -10,8 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from runbooks.errors import Problem
 
@@ -229,8 +226,19 @@ def files() -> dict[str, Path]:
 
 
 def titles() -> dict[str, str]:
-    """Name -> title of every runbook, without checking more of them."""
-    return {name: str(_read(path).get("title", "")) for name, path in sorted(files().items())}
+    """Name -> title of every runbook, without checking or even parsing more of them where that is possible."""
+    return {name: _title(path) for name, path in sorted(files().items())}
+
+
+def _title(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8") as stream:
+            line = next((line for line in stream if line.startswith("title:")), "")
+    except OSError as error:
+        raise _broken(path, str(error)) from error
+    # Plain words on one line are what they look like; anything else is for the parser.
+    plain = re.fullmatch(r"title: +([A-Za-z][\w ,()'-]*)\n", line)
+    return plain[1].strip() if plain else str(_read(path).get("title", ""))
 
 
 def load(name: str) -> Definition:
@@ -240,6 +248,8 @@ def load(name: str) -> Definition:
     """
     path = files().get(name)
     if path is None:
+        import difflib
+
         near = difflib.get_close_matches(name, files(), n=1)
         hint = f", did you mean {near[0]}" if near else ""
         raise Problem(
@@ -273,6 +283,8 @@ def load(name: str) -> Definition:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
     try:
         with path.open(encoding="utf-8") as stream:
             data = yaml.load(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - a safe loader
