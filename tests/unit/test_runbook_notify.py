@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from email.message import Message as Mail
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from runbooks import notify, receivers
 from runbooks.notify import Configuration, Notifier, configuration, deliveries, next_attempt, severity_of
-from runbooks.receivers import ConfigurationError, Message, Severity
+from runbooks.receivers import Answer, ConfigurationError, Message, Severity
 from tests.unit.runbook.post_office import accepted, closed_port, dripping, office, ok
 from tests.unit.runbook.world import World
 
@@ -174,6 +182,140 @@ def test_email_has_the_same_message_id_for_the_same_event(world: World) -> None:
     assert [m["Subject"] for m in got] == ["[critical] unit: paint failed"] * 2
     assert got[0]["Message-ID"] == got[1]["Message-ID"]
     assert f"Next: runbook resume {RUN}" in got[0].get_payload()
+
+
+def test_email_over_starttls_with_a_password_and_a_server_that_must_prove_itself(world: World, tmp_path: Path) -> None:
+    from aiosmtpd.controller import Controller
+    from aiosmtpd.handlers import Message as Handler
+    from aiosmtpd.smtp import AuthResult
+
+    got: list[Mail] = []
+    logins: list[bytes] = []
+
+    class Keep(Handler):
+        def handle_message(self, message: Mail) -> None:
+            got.append(message)
+
+    def login(_server: object, _session: object, _envelope: object, _mechanism: str, data: Any) -> AuthResult:
+        logins.append(data.password)
+        return AuthResult(success=data.password == CANARY.encode(), handled=False)
+
+    certificate = own_certificate(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate)
+    controller = Controller(
+        Keep(),
+        hostname="127.0.0.1",
+        port=closed_port(),
+        tls_context=tls,
+        require_starttls=True,
+        authenticator=login,
+        auth_required=True,
+    )
+    controller.start()
+    described = {
+        "server": "127.0.0.1",
+        "port": controller.port,
+        "from": "runbooks@example.com",
+        "to": ["ops@example.com", "second@example.com"],
+        "user": "runbooks",
+        "password": CANARY,
+    }
+    try:
+        good = receivers.make("email", {**described, "ca_file": str(certificate)})
+        assert good.send(message()) == Answer("sent")
+        stranger = receivers.make("email", described).send(message())
+        assert (stranger.outcome, stranger.detail) == ("failed", "127.0.0.1 does not prove who it is (TLS)")
+        wrong = receivers.make("email", {**described, "ca_file": str(certificate), "password": "wrong"}).send(message())
+        assert (wrong.outcome, wrong.again_s) == ("failed", None)
+        assert "does not accept the user or the password" in wrong.detail
+    finally:
+        controller.stop()
+    assert set(logins) == {CANARY.encode(), b"wrong"} and logins.count(CANARY.encode()) == 1, (
+        "a server that does not prove itself gets no password"
+    )
+    assert [m["To"] for m in got] == ["ops@example.com, second@example.com"]
+    assert CANARY not in repr(good)
+
+
+def own_certificate(directory: Path) -> Path:
+    """A key and a certificate for 127.0.0.1 that signs itself, in one file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "mail")])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = directory / "mail.pem"
+    path.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + made.public_bytes(serialization.Encoding.PEM)
+    )
+    return path
+
+
+def test_mail_server_that_is_gone_or_refuses(world: World) -> None:
+    described = {"server": "127.0.0.1", "from": "a@example.com", "to": ["b@example.com"], "starttls": False}
+    gone = receivers.make("email", {**described, "port": closed_port()}).send(message())
+    assert (gone.outcome, gone.again_s) == ("failed", 1.0)
+    with dripping() as port:
+        lying = receivers.make("email", {**described, "port": port}).send(message())
+        assert lying.outcome == "failed"
+
+
+def test_sms_by_numbers_and_by_a_topic(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto import mock_aws
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.sns.models import sns_backends
+
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with mock_aws():
+        sns = sns_backends[DEFAULT_ACCOUNT_ID]["us-east-1"]
+        numbers = receivers.make("sms", {"numbers": ["+15550100", "+15550101"], "region": "us-east-1"})
+        assert numbers.send(message()) == Answer("sent")
+        told = dict(entry[:2] for entry in sns.sms_messages.values())
+        assert set(told) == {"+15550100", "+15550101"}
+        assert set(told.values()) == {"[high] unit: paint failed: what Next: next"}
+        long = dataclasses.replace(message(), what="x" * 500)
+        assert numbers.send(long).outcome == "sent"
+        assert max(len(entry[1]) for entry in sns.sms_messages.values()) == receivers.SMS_CHARACTERS
+        topic = sns.create_topic("oncall.fifo", {"FifoTopic": "true"}, {})
+        fifo = receivers.make("sms", {"topic": topic.arn})
+        assert fifo.deduplicates
+        assert fifo.send(message()) == Answer("sent")
+        gone = receivers.make("sms", {"topic": topic.arn.replace("oncall.fifo", "no-such")}).send(message())
+        assert (gone.outcome, gone.detail, gone.again_s) == ("failed", "SNS says NotFound", None)
+    assert not numbers.deduplicates
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "wanted"),
+    [
+        (500, "InternalError", Answer("unknown", "SNS says InternalError")),
+        (400, "Throttling", Answer("failed", "SNS says Throttling", 1.0)),
+        (403, "AuthorizationError", Answer("failed", "SNS says AuthorizationError")),
+    ],
+)
+def test_sms_where_sns_fails(monkeypatch: pytest.MonkeyPatch, status: int, code: str, wanted: Answer) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    body = f"<ErrorResponse><Error><Code>{code}</Code></Error></ErrorResponse>".encode()
+    with office(lambda _: (status, {"Content-Type": "text/xml"}, body)) as place:
+        described = {"numbers": ["+15550100"], "region": "us-east-1", "endpoint_url": place.url}
+        assert receivers.make("sms", described).send(message()) == wanted
+        assert len(place.got) == 1, "boto3 does not try again by itself"
+        gone = receivers.make("sms", {**described, "endpoint_url": f"http://127.0.0.1:{closed_port()}"}).send(message())
+        assert (gone.outcome, gone.again_s) == ("failed", 1.0)
 
 
 # -- sent once

@@ -41,7 +41,8 @@ def office(answer: Callable[[int], tuple[int, dict[str, str], bytes] | None]) ->
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            place.got.append({"path": self.path, "headers": dict(self.headers), "body": json.loads(body)})
+            document = json.loads(body) if "json" in self.headers["Content-Type"] else body.decode()
+            place.got.append({"path": self.path, "headers": dict(self.headers), "body": document})
             told = place.answer(len(place.got))
             if told is None:
                 released.wait(60)
