@@ -55,8 +55,11 @@ def outputs(names: Iterable[str], base: Path | None = None) -> dict[Path, str]:
 
     Raises Problem when a definition is broken.
     """
-    found = {}
-    for runbook in (definitions.load(name) for name in names):
+    from runbooks import awx
+
+    runbooks = [definitions.load(name) for name in names]
+    found = awx.export(runbooks, base)
+    for runbook in runbooks:
         found[playbook_path(runbook, base)] = playbook(runbook, playbook_path(runbook, base).parent)
         found[page_path(runbook, base)] = page(runbook)
     return found
