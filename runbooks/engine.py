@@ -22,7 +22,7 @@ from runbooks.locks import Lease, Lost, Process
 from runbooks.notify import Notifier
 from runbooks.progress import Progress
 from runbooks.records import Door
-from runbooks.request import Request, compare_secrets, fingerprint, playbooks, read_secrets
+from runbooks.request import Request, check_secrets, compare_secrets, fingerprint, playbooks, secret_texts
 from runbooks.session import Order, Session, Stop, Warm
 from runbooks.step import end_leftovers
 from runbooks.work import Ending, Work, check_settings
@@ -128,7 +128,7 @@ def _again(
         session = Session(run, warm, progress, stop, order)
         try:
             Locks(environment, journal).outlast(run, progress.note, stop)
-            request.secrets = read_secrets(definition, environment, session)
+            request.secrets = check_secrets(definition, environment, secret_texts(definition, session))
             compare_secrets(request, state.secrets)
             with _held(request, journal, session, resuming=True) as held:
                 request.left_out = preflight.check(environment, definition.reach, request.variables())

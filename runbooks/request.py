@@ -75,6 +75,7 @@ def prepare(
     planning: only look; another run may be at work meanwhile.
     """
     parsed = _parsed(definition, given)
+    texts = secret_texts(definition, session)
     _warm_up(definition, given, session)
     environment = Environment(inventory)
     for name, value in parsed.items():
@@ -85,7 +86,7 @@ def prepare(
         if parameter.name not in parsed and not parameter.secret:
             parsed[parameter.name] = _default(definition, environment, parameter, parsed, session)
             _check_choice(definition, environment, parameter, parsed[parameter.name])
-    secrets = read_secrets(definition, environment, session)
+    secrets = check_secrets(definition, environment, texts)
     left_out = preflight.check(environment, definition.reach, {**parsed, **secrets})
     return Request(session.run, definition, environment, parsed, left_out, secrets)
 
@@ -205,17 +206,21 @@ def _default(
 # -- secret parameters
 
 
-def read_secrets(definition: Definition, environment: Environment, session: Session) -> dict[str, Any]:
-    """The values of the secret parameters: from the file that the operator named, the environment variable, or typed.
+def secret_texts(definition: Definition, session: Session) -> dict[str, str]:
+    """What was given as secret parameters: in the file that the operator named, in the environment variable, or typed.
 
-    Raises Problem when one is missing, cannot be read, or is none that the parameter allows.
+    Before any other process is started: the variable is taken out of the environment that they inherit.
+    Raises Problem when one is missing or cannot be read.
     """
-    values = {}
-    for parameter in definition.parameters.values():
-        if parameter.secret:
-            text = _secret_text(definition, parameter, session)
-            values[parameter.name] = parse(definition, parameter.name, text)
-            _check_choice(definition, environment, parameter, values[parameter.name])
+    secret = [parameter for parameter in definition.parameters.values() if parameter.secret]
+    return {parameter.name: _secret_text(definition, parameter, session) for parameter in secret}
+
+
+def check_secrets(definition: Definition, environment: Environment, texts: Mapping[str, str]) -> dict[str, Any]:
+    """The values of secret parameters. Raises Problem when one is none that the parameter allows."""
+    values = {name: parse(definition, name, text) for name, text in texts.items()}
+    for name, value in values.items():
+        _check_choice(definition, environment, definition.parameters[name], value)
     return values
 
 
@@ -231,7 +236,7 @@ def _secret_text(definition: Definition, parameter: Parameter, session: Session)
                 next_command=f"ls -l {file}",
             ) from error
     if parameter.variable in os.environ:
-        return os.environ[parameter.variable]
+        return os.environ.pop(parameter.variable)
     if sys.stdin.isatty():
         return getpass.getpass(f"{parameter.title} ({parameter.name}, not shown): ", sys.stderr)
     raise _missing(definition, parameter, f"--secret {parameter.name}=FILE")
