@@ -28,7 +28,7 @@ description: Test only.
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process started and that still exist."""
+    """The processes that a process started and that still exist; what is left of ended ones is none."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -36,7 +36,7 @@ def children(pid: int) -> list[int]:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
                 continue
-            if int(fields[1]) == pid:
+            if int(fields[1]) == pid and fields[0] != "Z":
                 found.append(int(entry.name))
     return found
 
