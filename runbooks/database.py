@@ -59,6 +59,10 @@ TABLES = (
     changes TEXT NOT NULL
 )""",
 )
+# Who writes a run is asked before each record: without this all records of a long run would be read for the answer.
+HOLDING = "kind IN ('run_started', 'run_resumed', 'run_finished')"
+LAST = f"CREATE INDEX IF NOT EXISTS journal_holding ON journal (environment, run, seq) WHERE {HOLDING}"
+"""What is made last of all: where it is, everything is."""
 TRIGGERS_SQLITE = (
     "CREATE TRIGGER IF NOT EXISTS journal_no_update BEFORE UPDATE ON journal "
     "BEGIN SELECT RAISE(ABORT, 'append-only'); END",
@@ -153,15 +157,15 @@ class SQLite(Database):
                     raise
                 time.sleep(0.02)
         self._db.execute("PRAGMA synchronous = FULL")
-        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'book'").fetchone():
-            return  # Made last of all: whoever only reads waits for no writer.
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'journal_holding'").fetchone():
+            return  # Whoever only reads waits for no writer.
         with self._transaction():
             columns = [row[1] for row in self._db.execute("PRAGMA table_info(journal)")]
             if columns and "hash" not in columns:
                 # The layout before the chain. Its rows stay as they are, under another name (with their triggers).
                 self._db.execute("ALTER TABLE journal RENAME TO journal_before")
                 self._db.execute("DROP INDEX IF EXISTS journal_run")
-            for statement in (TABLES[0], *TRIGGERS_SQLITE, *TABLES[1:]):
+            for statement in (*TABLES, *TRIGGERS_SQLITE, LAST):
                 self._db.execute(statement)
 
     @contextmanager
@@ -214,7 +218,7 @@ def without_password(url: str) -> str:
     """The URL itself. Raises Problem when a password stands in it: it would end up in logs and process lists."""
     parts = urlsplit(url)
     given = parts.netloc.rpartition("@")[0]
-    if ":" in given or any(name == "password" for name, _ in parse_qsl(parts.query)):
+    if ":" in given or any(name in ("password", "sslpassword") for name, _ in parse_qsl(parts.query)):
         host = parts.netloc.rpartition("@")[2]
         raise Problem(
             f"The journal's URL for {host} holds a password, which everybody could read in process lists and logs: it "
@@ -307,13 +311,13 @@ class PostgreSQL(Database):
             db.close()
 
     def _prepare(self, execute: Execute) -> None:
-        if execute("SELECT to_regclass('runbooks.book')")[0][0]:
+        if execute("SELECT to_regclass('runbooks.journal_holding')")[0][0]:
             return  # Whoever only writes records may not make tables.
         execute("SELECT pg_advisory_xact_lock(hashtext('runbooks'))")
-        if execute("SELECT to_regclass('runbooks.book')")[0][0]:
+        if execute("SELECT to_regclass('runbooks.journal_holding')")[0][0]:
             return
         execute("CREATE SCHEMA IF NOT EXISTS runbooks")
-        for statement in (*TABLES, *TRIGGERS_POSTGRESQL):
+        for statement in (*TABLES, *TRIGGERS_POSTGRESQL, LAST):
             execute(statement)
 
     def read(self, sql: str, *parameters: Any) -> list[Row]:

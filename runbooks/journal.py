@@ -276,11 +276,10 @@ class Journal:
     def _fence_of(self, execute: Execute, run: str) -> tuple[int, str]:
         """The newest fence of a run and which record brought it; 0 when there is none."""
         rows = execute(
-            "SELECT fence, kind FROM journal WHERE environment = ? AND run = ? AND kind IN (?, ?, ?) "
+            f"SELECT fence, kind FROM journal WHERE environment = ? AND run = ? AND {database.HOLDING} "  # noqa: S608
             "ORDER BY seq DESC LIMIT 1",
             self.environment,
             run,
-            *HOLDING,
         )
         return rows[0] if rows else (0, "")
 

@@ -15,10 +15,10 @@ from typing import Any
 import psycopg
 import pytest
 
-from runbooks import chain, keys
+from runbooks import chain, cli, keys
 from runbooks.database import PostgreSQL
 from runbooks.errors import Problem
-from runbooks.journal import Journal, LockLost
+from runbooks.journal import Journal, LockLost, remember
 from tests.local_postgresql import LocalPostgreSQL, Proxy
 
 START: dict[str, Any] = {
@@ -35,6 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalPostgreSQL
     with LocalPostgreSQL() as running, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPASSFILE", str(running.passfile))
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield running
 
 
@@ -238,6 +239,38 @@ def test_role_of_the_documentation_suffices_and_can_change_nothing(server: Local
     ):
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             server.sql(statement, "runbook_writer")
+
+
+def test_evidence_of_a_shared_journal_is_judged_offline_and_its_owner_cannot_cheat(
+    journal: Journal, server: LocalPostgreSQL, capsys: pytest.CaptureFixture[str]
+) -> None:
+    anchor, exported, trusted = (journal.directory / name for name in ("anchor", "run.jsonl", "keys.yml"))
+    for fence, run in enumerate(("r1", "r2"), 1):
+        writer = Journal(journal.location, journal.environment, journal.directory, anchors=[{"file": str(anchor)}])
+        writer.begin(run, START, fence=fence)
+        writer.append("effect_intended", "look", {"task": "paint"})
+        writer.finish("succeeded")
+        writer.close()
+    remember(journal.environment, journal.directory, journal.location, [{"file": str(anchor)}])
+    trusted.write_text(f"here: {keys.public(keys.journal_key())}\n", encoding="utf-8")
+    assert cli.main(["evidence", "verify", "r2"]) == 0
+    assert cli.main(["evidence", "export", "r1", str(exported)]) == 0
+    assert cli.main(["evidence", "verify", "--export", str(exported), "--keys", str(trusted)]) == 0
+    shown = capsys.readouterr()
+    assert "anchored up to record 6" in shown.out
+    assert server.password not in shown.out + shown.err + exported.read_text(encoding="utf-8")
+    mine = f"environment = '{journal.environment}'"
+    server.sql("ALTER TABLE runbooks.journal DISABLE TRIGGER ALL")
+    for change, says in (
+        (f"UPDATE runbooks.journal SET wall = wall + 1 WHERE {mine} AND seq = 2", "record 2: it was edited"),
+        (f"UPDATE runbooks.journal SET wall = wall - 1 WHERE {mine} AND seq = 2", ""),
+        (f"DELETE FROM runbooks.journal WHERE {mine} AND seq = 6", "the end was cut off"),
+        (f"DELETE FROM runbooks.journal WHERE {mine} AND seq = 4", "record 4 is missing"),
+    ):
+        server.sql(change)
+        assert cli.main(["evidence", "verify", "r2"]) == (1 if says else 0)
+        assert says in capsys.readouterr().err
+    server.sql("ALTER TABLE runbooks.journal ENABLE TRIGGER ALL")
 
 
 def test_password_is_shown_nowhere(
