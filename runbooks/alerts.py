@@ -33,6 +33,16 @@ PLAN_S = 600.0
 BEGIN_S = 120.0
 """Seconds in which a run that was started has to be in the journal."""
 PATIENCE_S = 30.0
+NOT_HANDED_ON = frozenset(
+    (
+        *("ANSIBLE_CALLBACK_PLUGINS", "ANSIBLE_STDOUT_CALLBACK", "ORIGINAL_STDOUT_CALLBACK", "ANSIBLE_CACHE_PLUGIN"),
+        *("ANSIBLE_LOAD_CALLBACK_PLUGINS", "ANSIBLE_RETRY_FILES_ENABLED", "ANSIBLE_CACHE_PLUGIN_CONNECTION"),
+        *("ANSIBLE_HOST_KEY_CHECKING", "ANSIBLE_UNSAFE_WRITES", "ANSIBLE_ROLES_PATH", "AWX_ISOLATED_DATA_DIR"),
+        *("AD_HOC_COMMAND_ID", "RUNNER_OMIT_EVENTS", "RUNNER_ONLY_FAILED_EVENTS", "RUNBOOK_EVENT_TOKEN"),
+    )
+)
+"""What ansible-runner sets for the rulebook's own playbook (it breaks another run, and takes the check of host keys
+away), and the token of the rulebook's door."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +83,7 @@ def place(rule: str, region: str) -> str:
 
 def policy(environment: Environment) -> Policy:
     """The environment's policy. Raises Problem."""
-    given = environment.get("runbook_events")
+    given = _given(environment)
     rules = given.get("rules") if isinstance(given, Mapping) else None
     named = (
         {str(r.get("runbook")) for r in rules.values() if isinstance(r, Mapping)} if isinstance(rules, Mapping) else ()
@@ -87,6 +97,24 @@ def policy(environment: Environment) -> Policy:
             code="events-invalid",
             next_command=f"ansible-inventory -i {environment.path} --list",
         ) from None
+
+
+def _given(environment: Environment) -> Any:
+    """The variable with its templates filled in, but for a rule's parameters: they are about the region to come."""
+    given = environment.raw("runbook_events")
+    if not isinstance(given, Mapping):
+        return environment.get("runbook_events")
+    rules = given.get("rules")
+    if not isinstance(rules, Mapping):
+        return environment.template(given)
+    filled: dict[str, Any] = {}
+    for name, rule in rules.items():
+        if not isinstance(rule, Mapping):
+            filled[name] = rule
+            continue
+        filled[name] = environment.template({key: value for key, value in rule.items() if key != "parameters"})
+        filled[name] |= {key: value for key, value in rule.items() if key == "parameters"}
+    return {**environment.template({key: value for key, value in given.items() if key != "rules"}), "rules": filled}
 
 
 def regions(environment: Environment) -> list[str]:
@@ -247,7 +275,8 @@ def detach(journal: Journal, environment: Environment, found: Standing) -> None:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": _python_path()},
+            env={name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
+            | {"PYTHONPATH": _python_path()},
         )
     finally:
         os.close(log)

@@ -64,7 +64,7 @@ def inventory(place: Place, slack: str) -> Path:
                 "region-slow": {
                     **rule,
                     "lost": {"alertname": "RegionSlow"},
-                    "parameters": {"colour": "{{ colours | last }}", "coats": 2},
+                    "parameters": {"colour": "{{ colours[0 if event_region == 'us-west-2' else 1] }}", "coats": 2},
                 },
             },
         },
