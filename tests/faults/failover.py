@@ -185,7 +185,6 @@ class Sweep:
             steps = STEPS[event.kind]
             if not any(r.step in steps and r.wall <= event.wall for r in records):
                 trial.unannounced.append(event.key)
-        verify(self.where, trial)
 
     def _lose(self) -> None:
         call(*LAB, "cut", self.primary)
@@ -242,6 +241,7 @@ def sweep_failovers(
         wanted = max(len(over), len(back)) if pairs is None else pairs
         for number in range(wanted):
             trials += work.pair(number, at(over, number), at(back, number))
+        verify(where, trials)
         time.sleep(5)
     records = ledger.read_all((STATE / "ledgers").glob("*.jsonl"))
     figures = ledger.measure(records, start=started)

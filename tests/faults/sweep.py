@@ -28,7 +28,7 @@ from lab.paths import REPO
 from tests.faults.logs import Event
 from tests.faults.plugins.sweep_killer import children, kill
 
-LEASE_S = 6
+LEASE_S = 8
 """Seconds of a run's lease in the sweeps: a successor elsewhere waits for its end."""
 PLUGINS = REPO / "tests" / "faults" / "plugins"
 VICTIMS = ("engine", "runner", "worker", "all", "network")
@@ -117,6 +117,8 @@ class Run:
         )
         self.lines: list[str] = []
         self.name = ""
+        self.began_work = self.began
+        """When its first step was about to begin (unix seconds)."""
         self.started = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -126,7 +128,7 @@ class Run:
         for line in self.process.stdout:
             self.lines.append(line.rstrip())
             if not self.name and (found := STARTED.search(line)):
-                self.name = found.group(1)
+                self.name, self.began_work = found.group(1), time.time()
                 self.started.set()
         self.started.set()
 
@@ -245,6 +247,7 @@ class Trial:
     number: int
     victim: str
     moment: str
+    lane: str = ""
     run: str = ""
     finished: bool = False
     resumes: int = 0
