@@ -581,14 +581,17 @@ def authorise(
     # The plan has used up the processes that were warm for the run.
     session.warm.plan((step.playbook, step.timeout_s) for step in request.definition.steps)
     again = f"runbook plan {request.definition.name} -i {request.environment.path}"
+    keep(journal, fresh, policy)
+    anew = again
+    if policy.need and fresh.obstacle is None:
+        anew = f"runbook approve {fresh.hash[:SHORT]} -i {request.environment.path} --as NAME"
     if wanted is not None and wanted.hash != fresh.hash:
-        raise _stale(wanted, fresh, again)
+        raise _stale(wanted, fresh, anew)
     if fresh.obstacle is not None:
         step, obstacle = fresh.obstacle
         raise Refused(
             f"The plan ends in step {step.id} ({step.title}): {obstacle.why}", code="plan-refused", next_command=again
         )
-    keep(journal, fresh, policy)
     subject = Subject(request.environment.name, fresh.hash)
     judgement = judged(journal, request.environment, subject, policy, who=who)
     if judgement.missing == 0:
@@ -596,7 +599,7 @@ def authorise(
     if not judgement.names and not judgement.void:
         approved = _approved_before(journal, fresh)
         if approved is not None:
-            raise _stale(approved, fresh, again)
+            raise _stale(approved, fresh, anew)
     raise missing(judgement, policy, f"plan {fresh.hash[:SHORT]}", fresh.hash[:SHORT], request.environment.path)
 
 
@@ -605,16 +608,18 @@ def missing(judgement: Judgement, policy: Policy, what: str, target: str, invent
     name = "NAME" if policy.of is None else sorted(policy.of)[0]
     return Refused(
         f"{what[:1].upper() + what[1:]} takes {policy.words()}, and has {judgement.words()}",
-        code=judgement.void[0].code if judgement.void else "approvals-missing",
+        code=judgement.void[-1].code if judgement.void else "approvals-missing",
         next_command=f"runbook approve {target} -i {inventory} --as {name}",
     )
 
 
-def _stale(old: Plan, new: Plan, again: str) -> Refused:
+def _stale(old: Plan, new: Plan, next_command: str) -> Refused:
     changed = compare(old, new)
     shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
     return Refused(
-        f"The world has changed since plan {old.hash[:SHORT]} was made: {shown}", code="plan-stale", next_command=again
+        f"The world has changed since plan {old.hash[:SHORT]} was made: {shown}",
+        code="plan-stale",
+        next_command=next_command,
     )
 
 
