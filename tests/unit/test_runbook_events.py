@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import runpy
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,8 @@ from runbooks import alerts, events
 from runbooks.errors import Problem
 from runbooks.events import Policy, Rule, Says, Tally, Unusable, Vote, Witness, decide, tally, worth_keeping
 from tests.unit.runbook.world import World
+
+ROOT = Path(__file__).resolve().parents[2]
 
 EAST, WEST = "us-east-1", "us-west-2"
 SITES = {"frankfurt": "eu", "dublin": "eu-2", "dublin-2": "eu-2", "tokyo": "ap", "inside": EAST, "west": WEST}
@@ -351,3 +355,23 @@ def test_document_is_json(world: World) -> None:
     known = alerts.policy(world.environment)
     (row, _) = [f.document() for f in alerts.every(world.journal, world.environment, known)]
     assert json.loads(json.dumps(row))["lost"] == {"eu": ["frankfurt"]}
+
+
+@pytest.mark.parametrize(
+    ("headers", "witness"),
+    [
+        ({"X-Witness-Token": "canary-4711", "Cookie": "canary-4712"}, events.digest("canary-4711")),
+        ({"x-witness-token": " canary-4711 "}, events.digest("canary-4711")),
+        ({"X-Witness-Token": ""}, ""),
+        ({}, ""),
+    ],
+)
+def test_filter_leaves_no_token_and_no_template(headers: dict[str, str], witness: str) -> None:
+    path = ROOT / "collections/ansible_collections/censuschat/infra/extensions/eda/plugins/event_filter/witness.py"
+    payload = {"annotations": "{{ lookup('pipe', 'id') }}"}
+    event = {"payload": payload, "meta": {"endpoint": "x", "headers": headers}}
+    filtered = runpy.run_path(str(path))["main"](event)
+    assert list(filtered) == ["alert"]
+    assert json.loads(base64.b64decode(filtered["alert"])) == {"witness": witness, "payload": payload}
+    assert "{{" not in str(filtered)
+    assert b"canary" not in base64.b64decode(filtered["alert"])
