@@ -163,7 +163,7 @@ class Awx:
                 if step.verb == "synchronise":
                     self._synchronise(step.key[1], step.key[1] in began, wanted, ids, wait_s)
                 elif step.verb == "delete":
-                    self.client.request("DELETE", f"{KINDS[step.key[0]].endpoint}/{ids[step.key]}")
+                    self.client.request("DELETE", f"{KINDS[step.key[0]].endpoint}/{ids.pop(step.key)}")
                 else:
                     self._write(
                         step,
