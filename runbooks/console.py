@@ -227,10 +227,15 @@ class Desk:
             if not shelf.states:
                 runs = {*runs, *shelf.journal.runs()}
             for run in runs:
-                # Plans and alerts have records under names of their own, without a run.
-                with contextlib.suppress(Problem, ValueError, KeyError):
+                try:
                     shelf.states[run] = shelf.journal.state(run)
                     shelf.since[run] = head
+                except (ValueError, KeyError):
+                    continue
+                except Problem as problem:
+                    # Plans and alerts have records under names of their own, without a run.
+                    if problem.code != "run-unknown":
+                        raise
             order = [run for run in shelf.journal.runs() if run in shelf.states] if runs else list(shelf.rows)
             rows = {}
             for number, run in enumerate(order, 1):

@@ -530,3 +530,22 @@ def test_ends_cleanly(tmp_path: Path, number: signal.Signals) -> None:
 def test_definition_is_named_in_the_report_of_shipped_runbooks() -> None:
     for name in definition.files():
         assert report.definition_of(name)[0] is not None
+
+
+def test_run_whose_reading_failed_is_read_again(desk: Desk, visitor: Visitor, journal: Journal) -> None:
+    past.ended(journal, "r1", "failed")
+    journal.record("alert_seen", "event:7", None, {})
+    assert visitor.ask("/runs/r1")[0] == 200
+    own = desk._shelves["shed"].journal
+    state = own.state
+
+    def lost(run: str) -> Any:
+        raise Problem("The journal does not answer", code="journal-unreachable", next_command="ls")
+
+    own.state = lost  # type: ignore[method-assign]
+    past.ended(journal, "r2", "succeeded")
+    time.sleep(0.6)
+    assert "does not answer" in visitor.ask("/")[2]
+    own.state = state  # type: ignore[method-assign]
+    time.sleep(0.6)
+    assert visitor.ask("/runs/r2")[0] == 200
