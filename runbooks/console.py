@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
@@ -402,6 +403,11 @@ class Server(ThreadingHTTPServer):
         self.ended = False
         self._places = threading.BoundedSemaphore(CLIENTS)
 
+    def server_bind(self) -> None:
+        # Not HTTPServer's own, which asks the DNS for the name of the address.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
     def server_close(self) -> None:
         self.ended = True
         super().server_close()
@@ -473,7 +479,9 @@ class Handler(BaseHTTPRequestHandler):
             self._page(HTTPStatus.SERVICE_UNAVAILABLE, text)
 
     def _enter(self, code: str) -> None:
-        session = self.server.door.enter(code)
+        # A browser that only looks ahead must not use the link up.
+        looks = self.command != "GET" or self.headers.get("Sec-Purpose") is not None
+        session = None if looks else self.server.door.enter(code)
         if session is None:
             self._page(HTTPStatus.UNAUTHORIZED, page.message("Not let in", LOCKED[False]))
             return

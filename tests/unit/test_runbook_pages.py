@@ -370,7 +370,10 @@ def test_nobody_else_is_let_in(visitor: Visitor, journal: Journal) -> None:
 
 
 def test_entering_sets_a_cookie_that_scripts_and_other_sites_do_not_get(visitor: Visitor) -> None:
-    status, headers, body = visitor.ask("/enter/" + visitor.server.door.code, cookie="")
+    link = "/enter/" + visitor.server.door.code
+    assert visitor.ask(link, method="HEAD", cookie="")[0] == 401
+    assert visitor.ask(link, cookie="", **{"Sec-Purpose": "prefetch"})[0] == 401
+    status, headers, body = visitor.ask(link, cookie="")
     assert status == 200
     assert headers["Set-Cookie"].startswith(f"runbook_console_{visitor.port}=")
     for word in ("HttpOnly", "SameSite=Strict", "Path=/"):
