@@ -116,9 +116,11 @@ def _again(
     name: str | None, progress: Progress, stop: Stop, order: Order, inventory: Path | None, *, way: Way, undo: bool
 ) -> Ended:
     journal, run, environment = locate(name, inventory)
+    touched = errors.NOTHING
     try:
         state = journal.state(run)
         definition = definitions.load(state.runbook)
+        touched = outlook.radius(state, definition)
         environment = environment or Environment(Path(state.inventory))
         request = Request(run, definition, environment, state.parameters, state.left_out)
         if state.state == "succeeded" and not undo:
@@ -144,6 +146,10 @@ def _again(
                 return _carry_out(request, journal, session, held, way, undo=undo)
         finally:
             warm.close()
+    except Problem as problem:
+        if problem.touched == errors.NOTHING:  # By this attempt; what the run did before is what matters.
+            problem.touched = touched
+        raise
     finally:
         journal.close()
 

@@ -64,7 +64,7 @@ class Locks:
 
         Raises Refused with who has them, for what and since when.
         """
-        asked = time.monotonic()
+        asked = locks.clock()
         fence = locks.acquire(self.store, self._wish(definition, run, resuming=resuming), self._going)
         return Lease(self.store.another(), fence, self.lease_s, asked)
 

@@ -258,6 +258,11 @@ def run_standing(store: Store, run: str) -> Standing | None:
     return None if holder is None else standing(holder, now, holder.process.gone())
 
 
+def clock() -> float:
+    """Seconds that also go on while the machine sleeps, as a store's clock does."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Lease:
     """Renews what a fence holds, in the background; says when the run must stop because it cannot.
 
@@ -265,7 +270,7 @@ class Lease:
     """
 
     def __init__(self, store: Store, fence: int, lease_s: float, taken: float) -> None:
-        """taken: CLOCK_MONOTONIC seconds from before the lock was asked for."""
+        """taken: ``clock`` from before the lock was asked for."""
         self.fence = fence
         self._store, self._lease_s, self._renewed = store, lease_s, taken
         self._taken_over = threading.Event()
@@ -274,7 +279,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._lease_s / RENEWALS):
-            asked = time.monotonic()
+            asked = clock()
             try:
                 self._store.change(lambda book, now: (renew(book, self.fence, now, self._lease_s), None))
             except Lost:
@@ -288,7 +293,7 @@ class Lease:
         """Why the run must stop; empty while it may go on."""
         if self._taken_over.is_set():
             return "another process has taken its lock"
-        silent = time.monotonic() - self._renewed
+        silent = clock() - self._renewed
         if silent > GIVE_UP * self._lease_s:
             return f"its lease could not be renewed in {self._store.where} for {silent:.0f} s"
         return ""

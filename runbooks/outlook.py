@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runbooks import locks
@@ -21,10 +22,20 @@ def shown_state(journal: Journal, state: RunState) -> str:
     if state.state != "running":
         return state.state
     try:
-        standing = locks.run_standing(open_store(journal, state.lock_store), state.run)
+        standing = locks.run_standing(_store(journal, state), state.run)
     except Problem:  # The store with its lease does not answer: the records are all there is.
         return "running"
     return "running" if standing == "active" else "dead"
+
+
+def _store(journal: Journal, state: RunState) -> locks.Store:
+    """Where the run's locks are. Another store than the journal's database is asked as the inventory says."""
+    if not state.lock_store:
+        return open_store(journal)
+    from runbooks.environment import Environment
+    from runbooks.holding import Locks
+
+    return Locks(Environment(Path(state.inventory)), journal).store
 
 
 def emergency(state: RunState) -> bool:

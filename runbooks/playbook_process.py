@@ -2,7 +2,8 @@
 
 Most of an ansible-playbook's start is the import of Ansible itself. This process imports, then waits at a pipe for the
 rest of its command line, so that a step's import happens while the step before it runs. The word that it is told is
-JSON: ``{"argv": [...], "environment": {...}}``. A pipe that closes without a word means that the turn will never come.
+JSON: ``{"argv": [...], "environment": {...}, "variables": {...}}``. A pipe that closes without a word means that the
+turn will never come.
 
 It dies with the engine that started it: a step must not go on unwatched while a resumed run repeats it.
 """
@@ -39,7 +40,8 @@ def main() -> int:
         return 0
     told = json.loads(word)
     os.environ.update(told["environment"])
-    command = ["ansible-playbook", *arguments, *told["argv"]]
+    # Only what this process calls its command line: what others see of it stays as it was started.
+    command = ["ansible-playbook", *arguments, "-e", json.dumps(told["variables"]), *told["argv"]]
     sys.argv = command
     PlaybookCLI.cli_executor(command)
     return 0

@@ -123,20 +123,19 @@ class PlaybookProcess:
     ) -> Result:
         """Let the playbook go and wait for it.
 
-        variables: its extra variables, passed in a file. leave_out: hosts that do not answer. environment: what its
-        callback needs to know (RUNBOOK_*; no secrets). options: more words for ansible-playbook. on_event: is given
-        each of ansible-runner's events. interrupted: asked all the time; when it says so, the playbook is ended.
+        variables: its extra variables, passed through the pipe, so that secrets are on no disk and in no argv.
+        leave_out: hosts that do not answer. environment: what its callback needs to know (RUNBOOK_*; no secrets).
+        options: more words for ansible-playbook. on_event: is given each of ansible-runner's events. interrupted: asked
+        all the time; when it says so, the playbook is ended.
         """
         self._on_activity, self._on_event = on_activity, on_event
-        extra = self._directory / "variables.json"
-        extra.touch(mode=0o600)
-        extra.write_text(json.dumps(dict(variables)), encoding="utf-8")
-        words = [*options, "-e", f"@{extra}"]
+        words = list(options)
         if leave_out:
             # A limit of "all" alone would leave out the plays on this machine, which is in no group.
             words += ["--limit", ":".join(["all", "localhost", *(f"!{host}" for host in leave_out)])]
         self._started = time.monotonic()
-        self._tell(json.dumps({"argv": [*words, str(self.playbook)], "environment": dict(environment)}))
+        word = {"argv": [*words, str(self.playbook)], "environment": dict(environment), "variables": dict(variables)}
+        self._tell(json.dumps(word))
         while self._thread.is_alive():
             self._thread.join(0.05)
             if interrupted():
