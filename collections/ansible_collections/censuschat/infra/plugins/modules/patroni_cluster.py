@@ -25,10 +25,6 @@ author:
 extends_documentation_fragment:
   - censuschat.infra.attributes
   - censuschat.infra.tls_files
-attributes:
-  check_mode:
-    details:
-      - Looks once. What is missing is returned as RV(missing) and is no failure, because the module would wait for it.
 options:
   state:
     description:

@@ -1,0 +1,167 @@
+"""Plans of fail-over and fail-back against the running lab: true, stable, silent about secrets, without an effect."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lab import verbs
+from lab.paths import REPO, STATE
+from lab.topology import Topology
+from tests.faults import sweep
+from tests.faults.logs import PKI, Logs, on
+from tests.nodes import call
+
+ETCD = (
+    f"ETCDCTL_API=3 etcdctl --endpoints https://127.0.0.1:12379 --cacert {PKI}/ca.crt --cert {PKI}/node.crt "
+    f"--key {PKI}/node.key get --prefix /censuschat/lab/ -w json"
+)
+SQL = (
+    "SELECT pg_is_in_recovery(), (SELECT timeline_id FROM pg_control_checkpoint()), "
+    "(SELECT string_agg(rolname, ',' ORDER BY rolname) FROM pg_roles), (SELECT count(*) FROM rows)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the servers' logs do not tell: revisions of the lease's records; the databases' parts, roles and rows."""
+
+    lease: tuple[tuple[str, int], ...]
+    databases: tuple[tuple[str, str], ...]
+
+
+def world(lab: Topology) -> World:
+    kept = []
+    for entry in json.loads(on("witness1", ETCD)).get("kvs", []):
+        name = base64.b64decode(entry["key"]).decode()
+        # What the guards renew every two seconds is theirs.
+        if name.rpartition("/")[2] in ("epoch", "handover", "shipped"):
+            kept.append((name, entry["mod_revision"]))
+    nodes = [node.name for node in lab.nodes if node.role == "db"]
+    return World(
+        tuple(kept),
+        tuple((name, on(name, f'psql -Atqc "{SQL}" censuschat', user="postgres")) for name in nodes),
+    )
+
+
+@dataclass
+class Planner:
+    """Plans in an inventory of the test's own, whose journal is nobody else's."""
+
+    where: sweep.Place
+
+    def plan(self, *words: str) -> tuple[int, dict[str, Any]]:
+        """Exit code and plan; fails when a secret of the lab is in what was said or kept."""
+        done = subprocess.run(
+            [sys.executable, "-m", "runbooks", "plan", *words, "-i", str(self.where.inventory), "--json"],
+            cwd=REPO,
+            env=self.where.environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.stdout.startswith("{"), done.stderr
+        document: dict[str, Any] = json.loads(done.stdout)
+        assert "error" not in document, document
+        said = (done.stdout + done.stderr).encode()
+        said += b"".join(p.read_bytes() for p in (self.where.directory / "runs").rglob("*") if p.is_file())
+        assert not [name for name, value in secrets().items() if value in said]
+        print(f"plan {' '.join(words)}: {document['took_s']} s, {document['changes']} changes")
+        return done.returncode, document
+
+
+def secrets() -> dict[str, bytes]:
+    """The lab's passwords and private keys."""
+    files = [*(STATE / "secrets").iterdir(), *(STATE / "pki").glob("*.key")]
+    found = {file.name: file.read_bytes().strip() for file in files if file.is_file()}
+    long = {name: value.splitlines()[len(value.splitlines()) // 2] for name, value in found.items() if len(value) >= 8}
+    assert long
+    return long
+
+
+@pytest.fixture
+def planner(running_lab: Topology, tmp_path: Path) -> Planner:
+    inventory = verbs.recorded()
+    assert inventory is not None
+    return Planner(sweep.place(tmp_path, inventory, {}))
+
+
+@contextlib.contextmanager
+def nothing_happens(lab: Topology, *, lost: str = "") -> Iterator[None]:
+    """Whatever the servers log, and the world, is as before; apart from the end of a lost region's lease."""
+    before = world(lab)
+    with Logs(lab) as logs:
+        yield
+        ended = {"etcd delete lab/lease"} if lost else set()
+        # A drill of somebody else's may go on beside it; it has an environment of its own in the store.
+        events = [e for e in logs.read() if e.key not in ended and (e.kind != "etcd" or " lab/" in e.key)]
+    assert events == []
+    after = world(lab)
+    assert after == before
+
+
+def writer() -> str:
+    for entry in json.loads(on("witness1", ETCD)).get("kvs", []):
+        if base64.b64decode(entry["key"]).decode().endswith("/epoch"):
+            return str(json.loads(base64.b64decode(entry["value"]))["region"])
+    raise AssertionError("nobody ever wrote")
+
+
+def changes(document: dict[str, Any], step: str) -> list[str]:
+    planned = next(s for s in document["steps"] if s["id"] == step)
+    return [f"{c['action'].rpartition('.')[2]} {c['host']}: {c['after']}" for c in planned["changes"]]
+
+
+def test_a_plan_of_a_living_lab_is_true_and_changes_nothing(running_lab: Topology, planner: Planner) -> None:
+    here = writer()
+    there = next(r for r in ("us-east-1", "us-west-2") if r != here)
+    with nothing_happens(running_lab):
+        code, refused = planner.plan("fail-over")
+        assert code == 3
+        fence = next(s for s in refused["steps"] if s["id"] == "fence")
+        assert fence["obstacle"]["refused"]
+        assert f"{here} holds the write lease" in fence["obstacle"]["why"]
+        assert "it is alive" in fence["obstacle"]["why"]
+
+        code, back = planner.plan("fail-back", "--to", there)
+        assert code == 0
+        assert [s["id"] for s in back["steps"] if s["reached"]] == [s["id"] for s in back["steps"]]
+        assert any(f"last_region: {there}" in c for c in changes(back, "hand-over"))
+        assert any("turn from standby to primary" in c for c in changes(back, "promote"))
+        assert any("redis_replication" in c for c in changes(back, "promote"))
+        assert any("route53 localhost" in c for c in changes(back, "route"))
+        assert any("one row through http://" in c for c in changes(back, "verify"))
+        assert planner.plan("fail-back", "--to", there)[1]["hash"] == back["hash"]
+
+
+def test_a_plan_after_a_region_is_lost_is_the_same_before_and_after_its_lease_has_ended(
+    running_lab: Topology, planner: Planner
+) -> None:
+    here = writer()
+    there = next(r for r in ("us-east-1", "us-west-2") if r != here)
+    call(sys.executable, "-m", "lab", "cut", here)
+    try:
+        with nothing_happens(running_lab, lost=here):
+            code, early = planner.plan("fail-over", "--to", there)
+            assert code == 0
+            assert any(f"last_region: {there}" in c for c in changes(early, "fence"))
+            assert any("turn from standby to primary" in c for c in changes(early, "promote"))
+            time.sleep(20)
+            code, late = planner.plan("fail-over")
+            assert code == 0
+            assert late["parameters"]["to"] == there, "observed"
+            assert late["hash"] == early["hash"]
+    finally:
+        call(sys.executable, "-m", "lab", "heal", here)
