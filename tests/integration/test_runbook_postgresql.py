@@ -9,16 +9,19 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from runbooks import chain, cli, keys
+from runbooks import chain, cli, keys, locks
 from runbooks.database import PostgreSQL
-from runbooks.errors import Problem
+from runbooks.errors import Problem, Refused
 from runbooks.journal import Journal, LockLost, remember
+from runbooks.lock_stores import open_store
+from runbooks.locks import Wish
 from tests.local_postgresql import LocalPostgreSQL, Proxy
 
 START: dict[str, Any] = {
@@ -159,6 +162,49 @@ def test_server_that_restarts_costs_waiting_only_and_one_that_stays_away_is_told
     finally:
         server.start()
     assert [record.kind for record in journal.records("r1")] == ["run_started", "note"]
+    assert faults(journal) == []
+
+
+def test_holder_whose_server_is_away_stops_before_another_can_take_its_lock(
+    journal: Journal, server: LocalPostgreSQL
+) -> None:
+    lease_s = 3.0
+    holder, other = open_store(twin(journal)), open_store(twin(journal))
+    wish = Wish(journal.environment, ("environment",), "r1", "paint", locks.Process.current(), lease_s, False)
+    asked = time.monotonic()
+    fence = locks.acquire(holder, wish, lambda run: True)
+    journal.begin("r1", START, fence=fence)
+    with locks.Lease(holder.another(), fence, lease_s, asked) as lease:
+        time.sleep(1.0)
+        assert lease.lost() == ""
+        server.stop(signal.SIGQUIT)
+        try:
+            gone = time.monotonic()
+            while not lease.lost():
+                time.sleep(0.02)
+            stopped = time.monotonic()
+        finally:
+            server.start()
+        assert stopped - gone <= lease_s * locks.GIVE_UP + 0.5
+    # Its process may still be ending things: nobody takes the lock before the lease has ended on the server's clock.
+    resuming = replace(wish, resuming=True, process=replace(wish.process, machine="another", host="another"))
+    refusals = 0
+    deadline = time.monotonic() + 2 * lease_s
+    while True:
+        try:
+            taken = locks.acquire(other, resuming, lambda run: True)
+            break
+        except Refused:
+            assert time.monotonic() < deadline
+            refusals += 1
+            time.sleep(0.05)
+    assert refusals
+    assert taken > fence
+    later = twin(journal)
+    later.take_over("r1", {}, fence=taken)
+    with pytest.raises(LockLost):
+        journal.append("effect_done", "look", {})
+    later.finish("succeeded")
     assert faults(journal) == []
 
 

@@ -203,6 +203,33 @@ def test_fifty_processes_that_append_at_once_keep_one_chain(journal: Journal, pl
     found.close()
 
 
+def test_writers_that_are_killed_lose_nothing_that_was_kept_and_break_no_chain(journal: Journal, place: Path) -> None:
+    code = (
+        "import os, pathlib, random, signal, sys, time\n"
+        "from runbooks import journal, keys\n"
+        "keys.sign(keys.journal_key(), b'')\n"
+        "chance, kept = random.Random(5), 0\n"
+        "for trial in range(20):\n"
+        "    told, tell = os.pipe()\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        j = journal.Journal(pathlib.Path(sys.argv[1]), 'unit')\n"
+        "        while True: j.record('note', f'r{trial}', None, {}); os.write(tell, b'.')\n"
+        "    os.close(tell)\n"
+        "    os.read(told, 1); kept += 1\n"
+        "    time.sleep(chance.random() * 0.03)\n"
+        "    os.kill(child, signal.SIGKILL); os.waitpid(child, 0)\n"
+        "    while more := os.read(told, 4096): kept += len(more)\n"
+        "    os.close(told)\n"
+        "print(kept)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(place)], check=True, capture_output=True, text=True)
+    kept = int(done.stdout)
+    # One a writer may have been kept without its writer having been told.
+    assert 20 <= kept <= len(journal.links()) <= kept + 20
+    assert faults(journal) == []
+
+
 @pytest.mark.parametrize("statement", ["UPDATE journal SET kind = 'x'", "DELETE FROM journal"])
 def test_records_stay_as_they_are(journal: Journal, place: Path, statement: str) -> None:
     journal.begin("r1", START, fence=1)
