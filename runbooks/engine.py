@@ -214,13 +214,16 @@ def abort(run: str, journal: Journal, environment: Environment, reason: str) -> 
             code="run-ended-already",
             next_command=f"runbook report {run}",
         )
-    locks = Locks(environment, journal)
-    lease = locks.take(definitions.load(state.runbook), run, resuming=True)
+    definition, locks = definitions.load(state.runbook), Locks(environment, journal)
+    lease = locks.take(definition, run, resuming=True)
     try:
         end_leftovers(run)
         journal.abort(run, reason, fence=lease.fence)
     finally:
         locks.release(lease)
+    notifier = Notifier(journal, environment, run, definition)
+    notifier.event("aborted", None, reason)
+    notifier.close()
 
 
 # -- with the locks held

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+CALLBACK = "censuschat.infra.runbook_journal"
 
 
 def main() -> int:
@@ -31,6 +32,7 @@ def main() -> int:
     import ansible.plugins.action.normal
     import ansible.plugins.connection.ssh
     import ansible.plugins.strategy.linear  # noqa: F401 - loaded for the tasks to come
+    from ansible import constants
     from ansible.cli.playbook import PlaybookCLI
 
     Path(pipe).with_name("warm").touch()
@@ -39,6 +41,9 @@ def main() -> int:
     if not word:
         return 0
     told = json.loads(word)
+    # The run's effects are written down whatever ansible.cfg says.
+    if CALLBACK not in constants.CALLBACKS_ENABLED:
+        constants.CALLBACKS_ENABLED.append(CALLBACK)
     os.environ.update(told["environment"])
     # Only what this process calls its command line: what others see of it stays as it was started.
     command = ["ansible-playbook", *arguments, "-e", json.dumps(told["variables"]), *told["argv"]]
