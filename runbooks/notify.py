@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from runbooks import receivers
+from runbooks import outlook, receivers
 from runbooks.errors import Problem, one_line
 from runbooks.receivers import SEVERITIES, Action, Answer, ConfigurationError, Message, Receiver, Severity
 
@@ -278,6 +278,7 @@ class Notifier:
         self._outboxes: dict[str, queue.SimpleQueue[tuple[Message, Delivery] | None]] = {}
         self._threads: list[threading.Thread] = []
         self._own: set[str] = set()
+        self._told: set[tuple[str, str, int]] = set()
         self._dispatcher: threading.Thread | None = None
         self._hurry, self._closed = threading.Event(), threading.Event()
         self.sent: list[tuple[str, Answer]] = []
@@ -328,7 +329,9 @@ class Notifier:
             _safely(work, None, "event")
 
     def _intend(self, name: str, severity: Severity | None, text: str, key: str | None, next_command: str) -> None:
-        records = self._journal.records(self._run)
+        # Whoever looks after a run whose journal is gone has to know it most of all: then it is told from memory.
+        nothing: list[Record] = []
+        records = _safely(lambda: self._journal.records(self._run), nothing, "the journal's records")
         runbook, own = self._runbook(records)
         wanted = getattr(self._definition, "notifications", None)
         if wanted is not None and name in KNOWN_TO_DEFINITIONS and name not in wanted:
@@ -342,7 +345,7 @@ class Notifier:
             "key": key,
             "runbook": runbook,
             "text": self._clean(text),
-            "next": next_command or kind.next_command.format(run=self._run),
+            "next": next_command or self._next(name) or kind.next_command.format(run=self._run),
         }
         known = deliveries(records)
         for receiver in self.configuration.receivers_for(name, severity):
@@ -366,14 +369,19 @@ class Notifier:
                 self._claim(receiver, delivery.message, attempt)
 
     def _claim(self, receiver: Receiver, data: Mapping[str, Any], attempt: int) -> None:
-        """Write the intent; when nobody was faster, send."""
-        token = secrets.token_hex(6)
-        self._own.add(token)
-        self._journal.record("notify_intended", self._run, None, {**data, "attempt": attempt, "claim": token})
-        place = (data["key"], receiver.name)
-        own = deliveries(self._journal.records(self._run))[place]
-        if own.claim != token:
+        """Write the intent; when nobody was faster, send. A journal that cannot be written is no reason for silence:
+        then it is this process alone that knows what it sent."""
+        token, place = secrets.token_hex(6), (str(data["key"]), receiver.name)
+        own = Delivery(*place, attempt, token, data, time.time())
+
+        def first() -> bool:
+            self._journal.record("notify_intended", self._run, None, {**data, "attempt": attempt, "claim": token})
+            return deliveries(self._journal.records(self._run))[place].claim == token
+
+        if (*place, attempt) in self._told or not _safely(first, True, "an intent") or self._closed.is_set():
             return
+        self._told.add((*place, attempt))
+        self._own.add(token)
         if receiver.name not in self._outboxes:
             outbox: queue.SimpleQueue[tuple[Message, Delivery] | None] = queue.SimpleQueue()
             thread = threading.Thread(target=self._send, args=(receiver, outbox), name="notify-" + receiver.name)
@@ -412,6 +420,16 @@ class Notifier:
         self._journal.record(
             "notify_done", self._run, None, {**data, "outcome": answer.outcome, "detail": self._clean(answer.detail)}
         )
+
+    def _next(self, name: str) -> str | None:
+        """The one next command of a run that is over or stands still; nothing for other events."""
+        if name not in ("waiting", "failed", "refused", "interrupted", "undone"):
+            return None
+
+        def look() -> str | None:
+            return outlook.next_command(self._journal, self._journal.state(self._run), name)
+
+        return _safely(look, None, "the next command")
 
     def _runbook(self, records: Sequence[Record]) -> tuple[str, Severity]:
         """The runbook's name and severity; a run without a start (an alert's) is told as what its id says."""
