@@ -51,7 +51,7 @@ class Place:
             text=True,
             stdin=subprocess.DEVNULL,
             check=False,
-            timeout=60,
+            timeout=240,
         )
 
     def start(self, *words: str) -> subprocess.Popen[str]:
