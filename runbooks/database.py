@@ -123,9 +123,7 @@ class SQLite(Database):
         self._mutex = threading.RLock()
         try:
             if read_only:
-                # Not immutable: another process may be writing. Without the file this fails and makes none.
-                self._db = self._connect(f"{path.absolute().as_uri()}?mode=ro")
-                self._db.execute("SELECT 1 FROM sqlite_master").fetchone()
+                self._db = self._read_only()
             else:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 path.parent.chmod(0o700)
@@ -138,6 +136,20 @@ class SQLite(Database):
                 code="journal-unopenable",
                 next_command=f"ls -ld {path.parent} {path}",
             ) from error
+
+    def _read_only(self) -> sqlite3.Connection:
+        """Without the file this fails and makes none."""
+        uri = f"{self.path.absolute().as_uri()}?mode=ro"
+        try:
+            db = self._connect(uri)
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError:
+            # A copy where nothing can be written, as auditors keep it; where a writer is at work its WAL is there.
+            if not self.path.exists() or self.path.with_name(self.path.name + "-wal").exists():
+                raise
+            db = self._connect(f"{uri}&immutable=1")
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return db
 
     @staticmethod
     def _connect(uri: str) -> sqlite3.Connection:

@@ -6,7 +6,11 @@ import functools
 import itertools
 import json
 import math
+import os
 import sqlite3
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -296,6 +300,33 @@ def test_reading_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str]
     missing = place / "none.sqlite"
     assert verify("--journal", str(missing), capsys=capsys)[0] == 2
     assert not missing.exists()
+
+
+def test_copy_that_nobody_can_write_to_is_read(place: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        copy = directory / "copy.sqlite"
+        copy.write_bytes((place / "journal.sqlite").read_bytes())
+        copy.chmod(0o444)
+        directory.chmod(0o555)
+        trusted = evidence.by_public(evidence.own_keys())
+        child = os.fork()
+        if child == 0:
+            if os.geteuid() == 0:
+                os.seteuid(65534)
+            writable = os.access(copy, os.W_OK, effective_ids=True)
+            os._exit(0 if evidence.verify(copy, "unit", trusted).ok and not writable else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert [file.name for file in directory.iterdir()] == ["copy.sqlite"]
+
+
+def test_verification_needs_no_ansible(place: Path) -> None:
+    code = (
+        "import sys; from runbooks import cli\n"
+        "assert cli.main(['evidence', 'verify']) == 0\n"
+        "assert not [name for name in sys.modules if name.partition('.')[0] in ('ansible', 'boto3', 'psycopg')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # -- the file for another machine
