@@ -92,6 +92,8 @@ class StepPlan:
     reached: bool = True
     estimate_s: float = 0.0
     earlier: int = 0
+    checked_s: float = 0.0
+    """Seconds that the plan took for it."""
     gates: tuple[str, ...] = ()
     """Titles of the checks before and after it, which a plan does not run: they are about what is there then."""
 
@@ -362,7 +364,9 @@ def make(
         )
         if not ended:
             told(step)
+            asked = time.monotonic()
             planned, more = _check(request, session, step, planned, outputs=outputs, hidden=hidden)
+            planned = replace(planned, checked_s=round(time.monotonic() - asked, 2))
             outputs |= more
             ended = planned.obstacle is not None
         steps.append(planned)

@@ -83,7 +83,10 @@ def _difference(entry: Mapping[str, Any], label: str, secrets: Collection[str]) 
     if entry.get("prepared"):
         before, after = "", redact(str(entry["prepared"]), secrets)
     else:
-        before, after = (redact(_text(_snake(entry.get(side))), secrets) for side in ("before", "after"))
+        sides = entry.get("before"), entry.get("after")
+        if _spelt_differently(*sides):
+            sides = _snake(sides[0]), _snake(sides[1])
+        before, after = (redact(_text(side), secrets) for side in sides)
     if before == after:
         return None
     what = str(entry.get("after_header") or entry.get("before_header") or label)
@@ -99,8 +102,15 @@ def _small(before: str, after: str) -> bool:
     return before.count("\n") + after.count("\n") < 400
 
 
+def _spelt_differently(before: Any, after: Any) -> bool:
+    """Whether the same keys are written in two ways, as AWS's modules do: ``TTL`` before and ``ttl`` after."""
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        return False
+    return len(set(_snake(before)) & set(_snake(after))) > len(set(before) & set(after))
+
+
 def _snake(value: Any) -> Any:
-    """With keys in one spelling: AWS's modules say ``TTL`` before and ``ttl`` after."""
+    """With all keys in one spelling."""
     if isinstance(value, Mapping):
         return {_CAMEL.sub("_", str(key)).lower(): _snake(inner) for key, inner in value.items()}
     return [_snake(inner) for inner in value] if isinstance(value, list | tuple) else value

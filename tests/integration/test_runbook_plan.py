@@ -146,6 +146,24 @@ def test_a_plan_of_a_living_lab_is_true_and_changes_nothing(running_lab: Topolog
         assert planner.plan("fail-back", "--to", there)[1]["hash"] == back["hash"]
 
 
+def test_a_change_of_a_regions_cluster_is_planned_once(running_lab: Topology, tmp_path: Path) -> None:
+    """The small lab's regions run as many pods in standby as in full: here the plan has something to apply."""
+    inventory = verbs.recorded()
+    assert inventory is not None
+    ranges = {name: {"cpu": ["10m", 7], "memory": ["32Mi", "7Gi"]} for name in ("api", "data", "cache")}
+    planner = Planner(sweep.place(tmp_path, inventory, {"kubernetes_platform_ranges": ranges}))
+    there = next(r for r in ("us-east-1", "us-west-2") if r != writer())
+    with nothing_happens(running_lab):
+        code, back = planner.plan("fail-back", "--to", there)
+    assert code == 0
+    steps = {s["id"]: s for s in back["steps"]}
+    applied = [c for c in steps["promote"]["changes"] if c["action"].endswith("k8s_apply")]
+    assert applied
+    assert any("LimitRange" in c["what"] and "7Gi" in c["after"] for c in applied), applied
+    assert steps["verify"]["repeated"] == len(applied), "what promote applies, verify would find"
+    assert any(c["action"].endswith("k8s_apply") for c in steps["stand-down"]["changes"]), "the other region's cluster"
+
+
 def test_a_plan_after_a_region_is_lost_is_the_same_before_and_after_its_lease_has_ended(
     running_lab: Topology, planner: Planner
 ) -> None:
