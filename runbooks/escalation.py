@@ -26,6 +26,9 @@ ABANDONED_S = 60.0
 """Seconds after which the sender of a run that is over is not sending any more (longer than ``notify.GIVE_UP_S``)."""
 RUNS = 50
 """How many of the newest runs are looked at."""
+UNTOLD_S = 3600.0
+"""Seconds after its end in which the timer tells how a run ended, where the process that ended it did not."""
+ENDED = ("succeeded", "failed", "refused", "interrupted", "undone", "aborted")
 STARTS = ("run_started", "run_resumed", "run_finished")
 
 
@@ -74,6 +77,15 @@ def due(since: float, now: float, after_s: float, most: int) -> int:
     return max(0, min(int((now - since) // after_s), most))
 
 
+def untold(records: Sequence[Record], shown: str, now: float) -> str | None:
+    """The reason of an end that its process could have told, and did not: it was killed between the two."""
+    last = next((r for r in reversed(records) if r.kind in STARTS), None)
+    if last is None or shown not in ENDED or not ABANDONED_S < now - last.wall < UNTOLD_S:
+        return None
+    told = any(r.kind == "notify_intended" and r.data["event"] == shown and r.seq > last.seq for r in records)
+    return None if told else str(last.data.get("reason", ""))
+
+
 def look(journal: Journal) -> Iterator[tuple[str, str, Matter | None]]:
     """The newest runs of an environment: run, its state as seen from outside, and what it waits for."""
     for run in list(reversed(journal.runs()))[:RUNS]:
@@ -116,14 +128,18 @@ def escalate(
     for run, shown, waits in (*look(journal), *proposals(journal, environment, now)):
         number = 0 if waits is None else due(waits.since, now, configured.escalate_after_s, configured.escalations)
         dead = waits is not None and shown == "dead" and now - waits.since < STALE_S
-        told = notify.deliveries(journal.records(run)).values()
+        records = journal.records(run)
+        told = notify.deliveries(records).values()
+        ended = untold(records, shown, now)
         unsettled = shown != "running" and any(d.outcome in (None, "failed") and now - d.at < STALE_S for d in told)
-        if not (number or dead or unsettled):
+        if not (number or dead or unsettled or ended is not None):
             continue
         notifier = Notifier(journal, environment, run)
         notifiers.append(notifier)
         if unsettled:
             notifier.settle(abandoned)
+        if ended is not None:
+            notifier.event(shown, None, ended)
         if waits is not None and dead:
             notifier.event("dead", None, waits.what, waits.key, waits.next_command)
         if waits is not None and number:

@@ -101,11 +101,45 @@ def pages(world: World) -> Iterator[Office]:
         yield place
 
 
+@pytest.mark.parametrize(
+    ("records", "shown", "now", "reason"),
+    [
+        ([STARTED, FAILED], "failed", 3059, None),
+        ([STARTED, FAILED], "failed", 3061, "the bucket has a hole"),
+        ([STARTED, FAILED], "failed", 6601, None),
+        ([STARTED, FAILED, record(4, "notify_intended", event="failed")], "failed", 3061, None),
+        ([STARTED, record(2, "notify_intended", event="failed"), FAILED], "failed", 3061, "the bucket has a hole"),
+        ([STARTED, record(3, "run_finished", state="succeeded", reason="")], "succeeded", 3061, ""),
+        ([STARTED, record(3, "run_finished", state="waiting", reason="next job")], "waiting", 3061, None),
+        ([STARTED], "dead", 1061, None),
+        ([], "failed", 1061, None),
+    ],
+)
+def test_end_that_nobody_told(records: list[Record], shown: str, now: float, reason: str | None) -> None:
+    assert escalation.untold(records, shown, now) == reason
+
+
+def told(world: World) -> None:
+    """The engine has told how the run ended."""
+    data = {
+        "key": "failed:0",
+        "event": "failed",
+        "receiver": "pagerduty",
+        "attempt": 1,
+        "claim": "c",
+        "action": "trigger",
+    }
+    world.journal.record("notify_intended", RUN, None, data)
+    done = {"key": "failed:0", "receiver": "pagerduty", "claim": "c", "outcome": "sent"}
+    world.journal.record("notify_done", RUN, None, done)
+
+
 def look(world: World, after_s: float) -> int:
     return len(escalation.escalate(world.journal, world.environment, 5, lambda: time.time() + after_s))
 
 
 def test_each_escalation_is_said_once_however_often_the_timer_looks(world: World, pages: Office) -> None:
+    told(world)
     assert [look(world, after) for after in (10, 890, 905, 910, 1805, 1810)] == [0, 0, 1, 1, 1, 1]
     assert len(pages.got) == 2
     assert pages.got[0]["body"]["payload"]["custom_details"]["next"] == f"runbook notify ack {RUN}"
@@ -114,6 +148,7 @@ def test_each_escalation_is_said_once_however_often_the_timer_looks(world: World
 
 
 def test_run_that_another_has_followed_is_quiet(world: World, pages: Office) -> None:
+    told(world)
     later = RUN.replace("18", "19")
     world.journal.begin(later, {**start("no-such-runbook"), "environment": "unit"}, fence=2)
     world.journal.append("step_started", "one", {})
@@ -123,6 +158,7 @@ def test_run_that_another_has_followed_is_quiet(world: World, pages: Office) -> 
 
 
 def test_proposal_that_nobody_takes_up_is_said_again_until_it_is(world: World, pages: Office) -> None:
+    told(world)
     world.journal.record("acknowledged", RUN, None, {"name": "ada"})
     world.variables.variables |= {"runbook_events": described(action="propose"), "regions": {EAST: {}, WEST: {}}}
     for witness in ("frankfurt", "dublin", "tokyo"):
@@ -139,7 +175,17 @@ def test_proposal_that_nobody_takes_up_is_said_again_until_it_is(world: World, p
     assert look(world, 2701) == 0
 
 
+def test_end_whose_process_was_killed_before_it_was_told(world: World, pages: Office) -> None:
+    assert [look(world, after) for after in (30, 70, 80)] == [0, 0, 0]
+    (got,) = pages.got
+    assert (got["body"]["payload"]["class"], got["body"]["payload"]["custom_details"]["what"]) == (
+        "failed",
+        "the bucket has a hole",
+    )
+
+
 def test_acknowledged_matter_is_quiet(world: World, pages: Office) -> None:
+    told(world)
     world.journal.record("acknowledged", RUN, None, {"name": "ada"})
     assert look(world, 1000) == 0
     assert pages.got == []
@@ -161,6 +207,7 @@ def test_what_was_not_sent_is_sent_by_the_timer(world: World) -> None:
 
 def test_machines_at_once_say_it_once(world: World, pages: Office, tmp_path: Path) -> None:
     """Each with a connection of its own to the journal."""
+    told(world)
     together = threading.Barrier(4)
 
     def one(_: int) -> int:
