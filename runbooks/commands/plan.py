@@ -13,7 +13,9 @@ from runbooks.commands.common import (
     add_inventory,
     add_parameters,
     add_runbook,
+    add_secrets,
     given_inventory,
+    given_order,
     given_parameters,
     print_json,
 )
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 def arguments(parser: Parser) -> None:
     add_runbook(parser)
     add_inventory(parser)
+    add_secrets(parser)
     add_parameters(parser)
 
 
@@ -65,7 +68,7 @@ def main(arguments: argparse.Namespace) -> int:
     quiet = arguments.json or not sys.stderr.isatty()
     with session.signals() as stop:
         try:
-            here = session.Session(run, warm, choose(as_json=arguments.json), stop)
+            here = session.Session(run, warm, choose(as_json=arguments.json), stop, given_order(arguments))
             asked = request.prepare(runbook, inventory, given, here, planning=True)
             policy = plan.policy_of(runbook, asked.environment)
             with opened(asked.environment.open_journal()) as journal:
