@@ -153,7 +153,7 @@ def test_the_same_journal_of_a_failure_comes_out_of_two_doors(
     tmp_path_factory: pytest.TempPathFactory, place: Place
 ) -> None:
     found = [
-        opened(place, tmp_path_factory.mktemp("failing"), door, 1, RUNBOOK_TEST_BREAK="yes") for way in (command, plain)
+        opened(place, tmp_path_factory.mktemp("failing"), way, 1, RUNBOOK_TEST_BREAK="yes") for way in (command, plain)
     ]
     assert shape(found[0]) == shape(found[1])
     assert found[0][-1].data["reason"] == "Polish it: here1: Break it: here1 broke at *** beside ***"

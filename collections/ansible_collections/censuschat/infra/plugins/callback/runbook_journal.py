@@ -26,7 +26,6 @@ notes:
     ended.
 """
 
-import ctypes
 import importlib.util
 import multiprocessing
 import os
@@ -66,6 +65,8 @@ def is_runbook(playbook, plays):
 
 def end_with_parent():
     """Workers outlive an ansible-playbook that is killed, and would act beside a resumed run: the kernel ends them."""
+    import ctypes
+
     prctl = ctypes.CDLL(None).prctl
     os.register_at_fork(after_in_child=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
 
