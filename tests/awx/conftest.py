@@ -1,4 +1,4 @@
-"""The AWX that these tests work on: the real one of CONTROLLER_HOST and CONTROLLER_OAUTH_TOKEN, otherwise the emulator."""
+"""The AWX of these tests: the real one of CONTROLLER_HOST and CONTROLLER_OAUTH_TOKEN, otherwise the emulator."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.censuschat.infra.plugins.module_utils.awx.client import Client
+from ansible_collections.censuschat.infra.plugins.plugin_utils.awx_runbooks import Own, complete
 from jinja2 import Environment
 from jinja2.nativetypes import NativeEnvironment
 
-from ansible_collections.censuschat.infra.plugins.module_utils.awx.client import Client
-from ansible_collections.censuschat.infra.plugins.plugin_utils.awx_runbooks import Own, complete
 from runbooks import awx, definition
 from tests import awx_api
 
@@ -62,7 +62,9 @@ def site() -> Iterator[Site]:
         yield real
         return
     root = Path(awx.__file__).resolve().parents[2]
-    files = [str(p.relative_to(root)) for p in (*root.glob("playbooks/**/*.yml"), *root.glob("runbooks/awx/jobs/*.yml"))]
+    files = [
+        str(p.relative_to(root)) for p in (*root.glob("playbooks/**/*.yml"), *root.glob("runbooks/awx/jobs/*.yml"))
+    ]
     emulated = awx_api.Awx({"censuschat": files})
     with awx_api.serving(emulated) as host:
         yield Site(host, awx_api.TOKEN, {"name": "infra", "local_path": "censuschat"}, emulated)
@@ -70,7 +72,7 @@ def site() -> Iterator[Site]:
 
 INVENTORY = {
     "environment_name": ENVIRONMENT,
-    "regions": dict.fromkeys(REGIONS, {}),
+    "regions": {region: {} for region in REGIONS},
     "region_primary": REGIONS[0],
     "region_secondary": REGIONS[1],
     "runbook_timezone": "America/New_York",
@@ -127,14 +129,19 @@ def content(site: Site, need: int = 1) -> dict[str, Any]:
                 "inputs": {"host": site.host},
             },
         ],
-        "execution_environments": [{"name": f"{ENVIRONMENT} runbooks", "image": "localhost/runbooks:1", "pull": "missing"}],
+        "execution_environments": [
+            {"name": f"{ENVIRONMENT} runbooks", "image": "localhost/runbooks:1", "pull": "missing"}
+        ],
         "projects": [site.project],
         "inventories": [
             {
                 "name": ENVIRONMENT,
                 "variables": INVENTORY,
                 "hosts": [{"name": "node1", "variables": {"zone": "a"}}, {"name": "node2"}],
-                "groups": [{"name": "db", "hosts": ["node1"]}, {"name": "nodes", "hosts": ["node2"], "children": ["db"]}],
+                "groups": [
+                    {"name": "db", "hosts": ["node1"]},
+                    {"name": "nodes", "hosts": ["node2"], "children": ["db"]},
+                ],
             }
         ],
         "notification_templates": [

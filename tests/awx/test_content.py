@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import pytest
-
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.client import AwxError
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.content import run
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.model import ContentError, things
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.planner import Wish
+
 from tests.awx.conftest import ENVIRONMENT, SECRETS, Site, content
 
 WISH = Wish(prune=f"runbooks of {ENVIRONMENT}")
@@ -51,9 +51,13 @@ def test_drift_is_found_shown_and_taken_back(brought: Site) -> None:
     step = one("job_templates", f"{ENVIRONMENT} / fail-over / fence")
     nodes = {n["identifier"]: n for n in client.list(f"workflow_job_templates/{workflow['id']}/workflow_nodes")}
     client.request("PATCH", f"job_templates/{step['id']}", {"timeout": 1, "allow_simultaneous": True})
-    client.request("POST", f"job_templates/{step['id']}/labels", {"name": "other", "organization": step["organization"]})
+    client.request(
+        "POST", f"job_templates/{step['id']}/labels", {"name": "other", "organization": step["organization"]}
+    )
     client.request("DELETE", f"workflow_job_template_nodes/{nodes['approved']['id']}")
-    client.request("POST", "workflow_job_template_nodes", {"workflow_job_template": workflow["id"], "identifier": "odd"})
+    client.request(
+        "POST", "workflow_job_template_nodes", {"workflow_job_template": workflow["id"], "identifier": "odd"}
+    )
     client.request("PATCH", f"inventories/{one('inventories', ENVIRONMENT)['id']}", {"variables": "a: 1"})
     stray = {"name": f"{ENVIRONMENT} / gone", "project": step["project"], "inventory": step["inventory"]}
     stray |= {"playbook": step["playbook"]}
