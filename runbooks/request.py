@@ -18,7 +18,7 @@ from runbooks.definition import Definition, Parameter, Step
 from runbooks.environment import Environment
 from runbooks.errors import Problem, Refused, one_line
 from runbooks.holding import Locks
-from runbooks.session import Interrupted, Session
+from runbooks.session import Interrupted, Session, at_the_prompt
 
 OBSERVE_S = 60.0
 """Seconds after which a playbook that observes a default is stopped."""
@@ -238,7 +238,8 @@ def _secret_text(definition: Definition, parameter: Parameter, session: Session)
     if parameter.variable in os.environ:
         return os.environ.pop(parameter.variable)
     if sys.stdin.isatty():
-        return getpass.getpass(f"{parameter.title} ({parameter.name}, not shown): ", sys.stderr)
+        with at_the_prompt():
+            return getpass.getpass(f"{parameter.title} ({parameter.name}, not shown): ", sys.stderr)
     raise _missing(definition, parameter, f"--secret {parameter.name}=FILE")
 
 

@@ -54,6 +54,19 @@ def signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def at_the_prompt() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt while a person is asked for something: there is nothing to bring to an end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """What the operator said beside the parameters. plan: the hash, or its beginning, of an approved plan; emergency:

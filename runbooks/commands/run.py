@@ -52,6 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
             request = prepare(runbook, inventory, given, session)
             if not arguments.yes:
                 _confirm(request)
+            if stop():
+                raise Interrupted
             ended = engine.start(request, session)
         except Interrupted:
             raise KeyboardInterrupt from None
@@ -68,12 +70,15 @@ def _confirm(request: Request) -> None:
             next_command=f"runbook run {request.definition.name} -i {request.environment.path} --yes",
         )
     from runbooks.progress import headline
+    from runbooks.session import at_the_prompt
 
     print(headline(request), file=sys.stderr)
     rows = [(f"  {s.id}", s.title, ", ".join(s.touches) or "nothing") for s in request.definition.steps]
     columns([("  step", "what", "touches"), *rows], sys.stderr)
     print(f"Type {request.environment.name} to begin: ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip() != request.environment.name:
+    with at_the_prompt():
+        typed = sys.stdin.readline().strip()
+    if typed != request.environment.name:
         raise Stopped(
             f"The name {request.environment.name} was not typed, so run {request.run} was not begun",
             code="not-confirmed",

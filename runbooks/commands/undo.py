@@ -17,9 +17,12 @@ def main(arguments: argparse.Namespace) -> int:
     from runbooks import engine
     from runbooks.commands.ending import end
     from runbooks.progress import choose
-    from runbooks.session import signals
+    from runbooks.session import Interrupted, signals
 
     order, inventory = given_order(arguments), optional_inventory(arguments)
     with signals() as stop:
-        ended = engine.undo(latest(arguments.run), choose(as_json=arguments.json), stop, order, inventory)
+        try:
+            ended = engine.undo(latest(arguments.run), choose(as_json=arguments.json), stop, order, inventory)
+        except Interrupted:
+            raise KeyboardInterrupt from None
     return end(ended, as_json=arguments.json)

@@ -25,6 +25,7 @@ from runbooks.cli import main
 from runbooks.definition import Step
 from runbooks.errors import Problem, Refused
 from runbooks.journal import Journal
+from runbooks.lock_stores import JournalStore
 from runbooks.locks import Lease
 from runbooks.progress import JsonProgress, Progress
 from runbooks.request import prepare
@@ -333,6 +334,29 @@ def test_who_loses_its_lock_stops_without_another_record(shop: Workshop) -> None
     assert caught.value.touched == "Done and kept: saw (the plank); begun and perhaps in part done: nail (the post)"
     assert shop.records("step_finished")[-1].step == "saw"
     assert shop.records("run_finished") == []
+
+
+def test_who_cannot_renew_its_lease_ends_its_playbook_and_stops(
+    shop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(_variables: Any, interrupted: Callable[[], bool]) -> Result:
+        def unreachable(*_: Any) -> None:
+            raise Problem("The journal does not answer", code="journal-unreachable", next_command="ls")
+
+        monkeypatch.setattr(JournalStore, "change", unreachable)
+        deadline = time.monotonic() + 10
+        while not interrupted():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return Result("interrupted")
+
+    shop.variables(runbook_lease_s=1.5)
+    shop.scripts["nail"] = cut_off
+    with pytest.raises(Refused, match="its lease could not be renewed in the journal's database for 1 s") as caught:
+        shop.run()
+    assert (caught.value.code, caught.value.next_command) == ("lock-lost", "runbook resume r1")
+    monkeypatch.undo()
+    assert shop.records("step_finished")[-1].step == "saw", "nothing was written without the lease"
 
 
 def dies(_variables: Any, _interrupted: Any) -> Result:
