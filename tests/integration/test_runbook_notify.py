@@ -30,6 +30,7 @@ def test_people_are_told_once_through_death_and_resumption(tmp_path: Path) -> No
             "slack": {"webhook": f"{chat.url}/{CANARY}"},
             # Nobody is there; that a run does not wait for such a one is tests/unit/test_runbook_notify.py's.
             "pagerduty": {"routing_key": CANARY, "url": f"http://127.0.0.1:{closed_port()}"},
+            "sms": {"numbers": ["one"], "region": "us-east-1"},
         }
         own = tmp_path / "inventory.yml"
         own.write_text(INVENTORY.read_text() + f"    runbook_notifications: {json.dumps(told)}\n")
@@ -44,6 +45,7 @@ def test_people_are_told_once_through_death_and_resumption(tmp_path: Path) -> No
         (tmp_path / "dry").touch()
         resumed = place.command("resume", run)
         assert resumed.returncode == 0, resumed.stderr
+        assert "runbook_notifications.sms: a number is written as +15550100" in resumed.stderr
         texts = [str(g["body"]["text"]) for g in chat.wait(4)]
 
     assert [text.splitlines()[0] for text in texts] == [
