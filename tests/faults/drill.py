@@ -58,8 +58,12 @@ class Lane:
             if run.wait() != 0:
                 raise SweepError(f"an unbroken drill failed:\n{run.said}")
             self.seconds.append(time.time() - run.began_work)
-            time.sleep(1.5)
-            self.unbroken = Counter(event.key for event in self._events(run.began))
+            # What the slowest log says of it comes in late.
+            deadline, seen = time.monotonic() + 15, -1
+            while (events := self._events(run.began)) and seen < len(events) and time.monotonic() < deadline:
+                seen = len(events)
+                time.sleep(2)
+            self.unbroken |= Counter(event.key for event in events)
 
     def _events(self, since: float) -> list[Event]:
         needles = (f"runbook-{self.name}", f"runbook_{self.name}", f"-{self.name}/")
@@ -223,7 +227,9 @@ def sweep_drills(
             all_lanes.append(Lane(name, where, logs, stack.enter_context(network_of(index))))
         told(f"lanes: {lanes}, learning what an unbroken drill does")
         side_by_side([lane.learn for lane in all_lanes])
+        together = agreed(all_lanes)
         for lane in all_lanes:
+            lane.unbroken = Counter({key.replace("LANE", lane.name): count for key, count in together.items()})
             told(f"{lane.name}: {sum(lane.unbroken.values())} changes in {lane.seconds[-1]:.1f} s")
 
         def work(lane: Lane) -> None:
@@ -247,6 +253,15 @@ def sweep_drills(
     if remains:
         raise SweepError(f"the drills left something behind: {remains}")
     return trials
+
+
+def agreed(lanes: Sequence[Lane]) -> Counter[str]:
+    """What an unbroken drill changes, with LANE for the lane's name. Raises SweepError when the lanes differ."""
+    found = [Counter({key.replace(lane.name, "LANE"): n for key, n in lane.unbroken.items()}) for lane in lanes]
+    for other in found[1:]:
+        if other != found[0]:
+            raise SweepError(f"unbroken drills differ: {dict(other - found[0])} and {dict(found[0] - other)}")
+    return found[0]
 
 
 def side_by_side(works: Sequence[Callable[[], object]]) -> None:
