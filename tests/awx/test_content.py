@@ -12,6 +12,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.awx.content impor
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.model import ContentError, things
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.planner import Wish
 
+from tests import awx_api
 from tests.awx.conftest import ENVIRONMENT, SECRETS, Site, content
 
 WISH = Wish(prune=f"runbooks of {ENVIRONMENT}")
@@ -157,3 +158,43 @@ def test_a_wrong_token_a_wrong_address_and_no_answer_are_one_clear_sentence(site
         run(elsewhere.client(patience=0.5), wanted, WISH, check=True)
     with pytest.raises(AwxError, match="neither a token nor a user"):
         site.client(token="")
+
+
+def _objects(site: Site) -> awx_api.Awx:
+    assert site.emulated is not None
+    return site.emulated
+
+
+@pytest.mark.parametrize("status", [500, 403, 400])
+def test_an_import_that_awx_breaks_off_says_where_and_the_next_one_completes_it(emulator: Site, status: int) -> None:
+    _objects(emulator).faults = [("POST", "/job_templates/", status)]
+    with pytest.raises(AwxError, match=r"job template awx-test / drill / .*: ") as caught:
+        go(emulator, content(emulator))
+    assert "\n" not in str(caught.value)
+    left = go(emulator, content(emulator), check=True)
+    assert ("create", "project", "infra") not in {(c["action"], c["kind"], c["name"]) for c in left["changes"]}
+    go(emulator, content(emulator))
+    assert not go(emulator, content(emulator))["changed"]
+
+
+def test_a_survey_that_was_refused_is_completed_by_the_next_import(emulator: Site) -> None:
+    _objects(emulator).faults = [("POST", "/survey_spec/", 400)]
+    with pytest.raises(AwxError):
+        go(emulator, content(emulator))
+    again = go(emulator, content(emulator))
+    assert any("survey" in c["fields"] for c in again["changes"])
+    assert not go(emulator, content(emulator))["changed"]
+
+
+def test_a_busy_awx_is_asked_again(emulator: Site) -> None:
+    _objects(emulator).faults = [("GET", "/me/", 503), ("GET", "/projects/", 502)]
+    assert go(emulator, content(emulator), check=True)["changed"]
+
+
+def test_a_project_without_its_playbooks_is_said_before_anything_is_touched(emulator: Site) -> None:
+    go(emulator, content(emulator))
+    _objects(emulator).playbooks["censuschat"] = ["playbooks/site.yml"]
+    _objects(emulator).requests.clear()
+    with pytest.raises(ContentError, match=r"project infra has no playbook .* and \d+ more"):
+        go(emulator, content(emulator))
+    _untouched(emulator)
