@@ -300,7 +300,7 @@ def carry_out(journal: Journal, environment: Environment, run: str, incident: in
     _, rule_name, region = [*run.split(":"), "", ""][:3]
     rule = known.rules.get(rule_name)
     decided = next((d for d in events.decisions(journal.records(run)) if d.incident == incident), None)
-    if rule is None or decided is None or decided.outcome:
+    if rule is None or decided is None or not _carrier(journal, run, incident):
         raise Problem(
             f"Nothing is left to carry out about incident {incident} of {run}",
             code="event-done",
@@ -323,14 +323,19 @@ def carry_out(journal: Journal, environment: Environment, run: str, incident: in
             return _outcome(journal, run, incident, {"outcome": "refused", "detail": why})
         # People first: a plan of a lost region takes its time.
         _propose(notifier, incident, decided.reason, words)
-        plan, why = _plan(words)
-        if plan:
-            command = shlex.join(["runbook", "run", *words, "--plan", plan])
-            text = f"The plan of what {run} proposes is {plan}"
-            notifier.event("planned", None, text, f"planned:{incident}", command)
-        return _outcome(journal, run, incident, {"outcome": "proposed", "plan": plan, "detail": why})
+        plan, text, command = _plan(words)
+        notifier.event("planned", None, text, f"planned:{incident}", command)
+        return _outcome(journal, run, incident, {"outcome": "proposed", "plan": plan, "detail": text})
     finally:
         notifier.close(PATIENCE_S)
+
+
+def _carrier(journal: Journal, run: str, incident: int) -> bool:
+    """Whether it is this process, and only this one ever, that carries the decision out."""
+    token = secrets.token_hex(6)
+    journal.record("alert_decided", run, None, {"incident": incident, "carrier": token})
+    carriers = [r.data for r in journal.records(run) if "carrier" in r.data and r.data["incident"] == incident]
+    return bool(carriers[0]["carrier"] == token)
 
 
 def _propose(notifier: Notifier, incident: int, reason: str, words: list[str]) -> None:
@@ -366,19 +371,22 @@ def _start(journal: Journal, words: list[str], log: Path) -> tuple[str, str]:
     return "", f"it was not begun within {BEGIN_S:g} s"
 
 
-def _plan(words: list[str]) -> tuple[str, str]:
-    """The plan's hash, or why there is none."""
+def _plan(words: list[str]) -> tuple[str, str, str]:
+    """The plan's hash (empty: there is none), what it says in a sentence, and the next command."""
+    again = shlex.join(["runbook", "plan", *words])
     command = [sys.executable, "-m", "runbooks", "plan", *words, "--json"]
     try:
         done = subprocess.run(
             command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PLAN_S
         )
-    except subprocess.TimeoutExpired:
-        return "", f"no plan within {PLAN_S:g} s"
-    try:
         document = json.loads(done.stdout)
-    except ValueError:
-        return "", one_line(done.stderr[-300:]) or f"runbook plan ended with {done.returncode}"
-    if "error" in document:
-        return "", one_line(str(document["error"].get("what", "")))
-    return str(document.get("hash") or ""), ""
+        if "error" in document:
+            return "", f"It could not be planned: {document['error']['what']}", str(document["error"]["next"])
+        plan, obstacles = str(document["hash"]), [step.get("obstacle") for step in document["steps"]]
+        stop = next((str(obstacle["why"]) for obstacle in obstacles if obstacle), "")
+        says = f"would be refused: {stop}" if stop else f"makes {document['changes']} changes"
+        return plan, f"Plan {plan[:12]} of it {says}", str(document["next"])
+    except subprocess.TimeoutExpired:
+        return "", f"It could not be planned within {PLAN_S:g} s", again
+    except (ValueError, KeyError, TypeError):
+        return "", f"It could not be planned: runbook plan ended with {done.returncode}", again

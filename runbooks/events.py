@@ -380,7 +380,7 @@ def decisions(records: Iterable[Record]) -> list[Decided]:
         if r.kind == "alert_decided" and "claim" in data:
             decided = Decided(r.seq, r.wall, data["incident"], data["action"], data["reason"], data["claim"])
             found.setdefault(data["incident"], decided)
-        elif r.kind == "alert_decided" and data["incident"] in found:
+        elif r.kind == "alert_decided" and "outcome" in data and data["incident"] in found:
             known = found[data["incident"]]
             found[known.incident] = Decided(
                 known.seq, known.at, known.incident, known.action, known.reason, known.claim, data["outcome"],

@@ -16,6 +16,7 @@ import pytest
 from runbooks import alerts, events
 from runbooks.errors import Problem
 from runbooks.events import Policy, Rule, Says, Tally, Unusable, Vote, Witness, decide, tally, worth_keeping
+from tests.unit.runbook.post_office import office, ok
 from tests.unit.runbook.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -305,6 +306,52 @@ def test_witnesses_at_the_same_moment_have_one_effect(world: World, tmp_path: Pa
 
     with ThreadPoolExecutor() as pool:
         assert sum(pool.map(one, ("frankfurt", "dublin", "tokyo", "west"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "started", "outcome"),
+    [
+        ("start", ("20261121-180000-fail-over-ab12", ""), "started"),
+        ("start", ("", "the lock is held"), "refused"),
+        ("propose", None, "proposed"),
+    ],
+)
+def test_decision_is_carried_out_once_only(
+    world: World, monkeypatch: pytest.MonkeyPatch, action: str, started: tuple[str, str] | None, outcome: str
+) -> None:
+    calls: list[list[str]] = []
+
+    def begin(_: object, words: list[str], __: Path) -> tuple[str, str]:
+        calls.append(words)
+        assert started is not None
+        return started
+
+    def plan(words: list[str]) -> tuple[str, str, str]:
+        calls.append(words)
+        return "0123456789abcdef", "Plan 0123456789ab of it makes 3 changes", "runbook run"
+
+    monkeypatch.setattr(alerts, "_start", begin)
+    monkeypatch.setattr(alerts, "_plan", plan)
+    world.variables.variables["runbook_events"] = described(action=action, parameters={"to": WEST, "again": True})
+    with office(ok) as chat:
+        world.notifications = {"slack": {"webhook": chat.url}}
+        for witness in ("frankfurt", "dublin", "tokyo"):
+            send(world, witness, alert())
+        (found, _) = alerts.every(world.journal, world.environment, alerts.policy(world.environment))
+        assert alerts.carry_out(world.journal, world.environment, found.run, found.tally.incident) == outcome
+        with pytest.raises(Problem, match="Nothing is left to carry out"):
+            alerts.carry_out(world.journal, world.environment, found.run, found.tally.incident)
+        for witness in ("frankfurt", "dublin", "tokyo", "frankfurt"):
+            send(world, witness, alert("resolved"))
+        texts = [str(g["body"]["text"]) for g in chat.got]
+    assert calls == [["fail-over", "-i", "inventories/unit", "--param", f"to={WEST}", "--param", "again=true"]]
+    first = {"started": "triggered", "refused": "triggered", "proposed": "proposed"}[outcome]
+    second = {"refused": ["proposed"], "proposed": ["planned"]}.get(outcome, [])
+    said = [text.splitlines()[0].rpartition(" ")[2].rstrip("*") for text in texts]
+    assert said == [first, *second, "withdrawn"]
+    assert "3 independent sites say that us-east-1 is lost (ap, eu, eu-2)" in texts[0]
+    if outcome == "refused":
+        assert "but it did not start by itself: the lock is held" in texts[1]
 
 
 def test_refusals_are_kept_and_do_not_fill_the_journal(world: World) -> None:
