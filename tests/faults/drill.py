@@ -210,7 +210,7 @@ def sweep_drills(
     lab = topology.load(inventory)
     trials: list[Trial] = []
     numbers = iter(range(1, count + 1))
-    mutex = threading.Lock()
+    mutex, over = threading.Lock(), threading.Event()
     primary = primary_of(lab)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sweep.operator(directory))
@@ -225,6 +225,7 @@ def sweep_drills(
             name = f"lane{index}"
             where = place(directory / name, inventory, settings)
             all_lanes.append(Lane(name, where, logs, stack.enter_context(network_of(index))))
+        stack.callback(over.set)
         told(f"lanes: {lanes}, learning what an unbroken drill does")
         side_by_side([lane.learn for lane in all_lanes])
         together = agreed(all_lanes)
@@ -235,7 +236,7 @@ def sweep_drills(
         def work(lane: Lane) -> None:
             while True:
                 with mutex:
-                    number = next(numbers, None)
+                    number = None if over.is_set() else next(numbers, None)
                 if number is None:
                     return
                 try:
@@ -274,7 +275,7 @@ def side_by_side(works: Sequence[Callable[[], object]]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=one, args=(work,)) for work in works]
+    threads = [threading.Thread(target=one, args=(work,), daemon=True) for work in works]
     for thread in threads:
         thread.start()
     for thread in threads:
