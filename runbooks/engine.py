@@ -17,7 +17,7 @@ from runbooks.definition import Definition
 from runbooks.environment import Environment
 from runbooks.errors import Problem, Refused
 from runbooks.holding import Locks
-from runbooks.journal import Journal, LockLost, RunState, find, remember
+from runbooks.journal import Journal, LockLost, RunState, find
 from runbooks.locks import Lease, Lost, Process
 from runbooks.notify import Notifier
 from runbooks.progress import Progress
@@ -74,7 +74,7 @@ def start(request: Request, session: Session, way: Way = COMMAND) -> Ended:
                 door=way.door,
             )
             environment = request.environment
-            remember(environment.name, journal.directory, journal.location, trusted=environment.journal_keys)
+            environment.remember(journal)
             return _carry_out(request, journal, session, held, way, undo=False)
     finally:
         journal.close()

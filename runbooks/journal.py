@@ -431,7 +431,7 @@ class Place:
 
     def open(self, patience_s: float = PATIENCE_S) -> Journal:
         """Raises Problem."""
-        return Journal(self.location, self.environment, self.directory, patience_s=patience_s)
+        return Journal(self.location, self.environment, self.directory, anchors=self.anchors, patience_s=patience_s)
 
 
 def remember(

@@ -47,10 +47,10 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _alert(arguments: argparse.Namespace, environment: Environment) -> int:
     from runbooks import alerts, events
-    from runbooks.journal import opened, remember
+    from runbooks.journal import opened
 
     with opened(environment.open_journal()) as journal:
-        remember(environment.name, journal.directory, journal.location)
+        environment.remember(journal)
         text = sys.stdin.buffer.read(events.PAYLOAD_BYTES + 1)
         try:
             if len(text) > events.PAYLOAD_BYTES:

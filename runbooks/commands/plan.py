@@ -54,7 +54,7 @@ def _together(run: str, inventory: Path, leave_out: Collection[Path]) -> Warm:
 
 def main(arguments: argparse.Namespace) -> int:
     from runbooks import definition, plan, request, session
-    from runbooks.journal import opened, remember
+    from runbooks.journal import opened
     from runbooks.locks import Process
     from runbooks.progress import choose
 
@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
             asked = request.prepare(runbook, inventory, given, here, planning=True)
             policy = plan.policy_of(runbook, asked.environment)
             with opened(asked.environment.open_journal()) as journal:
-                remember(asked.environment.name, journal.directory, journal.location)
+                asked.environment.remember(journal)
                 made = plan.make(
                     asked,
                     here,

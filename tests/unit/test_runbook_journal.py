@@ -323,6 +323,19 @@ def test_places_are_known_also_as_they_were_noted_before(
     assert [each.environment for each in opened] == ["unit"]
     assert "left out: The journal postgresql://ann@127.0.0.1:9/runbooks cannot be reached" in capsys.readouterr().err
     opened[0].close()
+    anchor = tmp_path / "anchor"
+    journals.remember("unit", place, None, [{"file": str(anchor)}])
+    found = known_run(journal)
+    found.take_over("r1", {}, fence=2)
+    found.finish("succeeded")
+    found.close()
+    assert '"seq": 3' in anchor.read_text(encoding="utf-8")
+
+
+def known_run(journal: Journal) -> Journal:
+    """As a resumption opens it that is given no inventory."""
+    journal.begin("r1", START, fence=1)
+    return journals.find("r1")[0]
 
 
 def test_records_must_begin_with_a_start() -> None:
