@@ -68,7 +68,7 @@ class Place:
     def run(self, *words: str, runbook: str = "paint") -> subprocess.CompletedProcess[str]:
         return self.command("run", runbook, "-i", str(INVENTORY), "--yes", *words)
 
-    def wait_for(self, path: str, timeout_s: float = 60) -> None:
+    def wait_for(self, path: str, timeout_s: float = 120) -> None:
         deadline = time.monotonic() + timeout_s
         while not (self.directory / path).exists():
             assert time.monotonic() < deadline, f"{path} did not come"
