@@ -106,6 +106,9 @@ def _evidence(journal: Journal, run: str, environment: Environment | None) -> di
     try:
         trusted = environment.journal_keys if environment else place.keys if place else {}
         documents = environment.anchors if environment else place.anchors if place else []
+        noted = [anchors.parse(each) for each in documents]
+        # Before the chain, which may grow meanwhile.
+        seen = evidence.look(noted, journal.environment)
         links = journal.links()
         own = [link for link in links if link.run == run]
         if not own:
@@ -114,8 +117,8 @@ def _evidence(journal: Journal, run: str, environment: Environment | None) -> di
         part = links if whole else [link for link in links if own[0].seq <= link.seq <= own[-1].seq]
         chain = evidence.Chain(journal.environment, "the journal", part, whole=whole)
         known = evidence.by_public(trusted or evidence.own_keys())
-        low, high = (1, None) if whole else (own[0].seq, own[-1].seq)
-        seen = evidence.look([anchors.parse(each) for each in documents], journal.environment, low, high)
+        if not whole:
+            seen = evidence.look(noted, journal.environment, own[0].seq, own[-1].seq)
         judged = evidence.judge(chain, known, seen, run=run)
     except Problem as problem:
         return _told("warn", "not verified", f"{problem.what}.", [], {})

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -300,6 +301,26 @@ def test_reading_changes_nothing(place: Path, capsys: pytest.CaptureFixture[str]
     missing = place / "none.sqlite"
     assert verify("--journal", str(missing), capsys=capsys)[0] == 2
     assert not missing.exists()
+
+
+def test_journal_that_is_being_written_and_anchored_is_not_accused(tmp_path: Path) -> None:
+    anchor = tmp_path / "anchor"
+
+    def write_more() -> None:
+        for number in range(2, 9):
+            write(tmp_path, anchor, f"r{number}", 3, number)
+
+    write(tmp_path, anchor, "r0", 1, 1)
+    trusted = evidence.by_public(evidence.own_keys())
+    writer = threading.Thread(target=write_more)
+    writer.start()
+    looked = 0
+    while writer.is_alive():
+        verdict = evidence.verify(tmp_path / "journal.sqlite", "unit", trusted, [FileAnchor(anchor)])
+        assert verdict.faults == []
+        looked += 1
+    writer.join()
+    assert looked > 2
 
 
 def test_copy_that_nobody_can_write_to_is_read(place: Path) -> None:
