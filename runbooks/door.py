@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from runbooks import definition as definitions
 from runbooks import engine, errors, request
+from runbooks.commands import ending
 from runbooks.definition import Definition, Step
 from runbooks.effects import Effects
 from runbooks.errors import Problem
@@ -250,11 +251,11 @@ class Within(Work):
         mine = [step.id for step in self._pending()]
         if mine and left[0] != mine[0]:
             return Ending("waiting", errors.REFUSED, f"step {left[0]} comes before {mine[0]}")
-        ending = super().steps()
+        ended = super().steps()
         left = [step for step in left if step not in mine]
-        if ending.state == "succeeded" and left:
+        if ended.state == "succeeded" and left:
             return Ending("waiting", errors.OK, f"the workflow's next job goes on with {left[0]}", quiet=True)
-        return ending
+        return ended
 
     def _run(self, playbook: Path, timeout_s: float, what: str) -> Result:
         if what not in self._door.entry.units:
@@ -324,22 +325,15 @@ class Door:
                 ended = engine.start(request.prepare(entry.definition, path, given, session), session, way)
         finally:
             session.warm.close()
-        return Ended(ended.code, self._aftermath(ended))
+        if ended.state.state == "waiting" and ended.code == errors.OK:
+            return Ended(errors.OK)  # It goes on in another job.
+        return Ended(ending.end(ended, as_json=False))
 
     def _within(self, request: Request, journal: Journal, session: Session, fence: int, notifier: Notifier) -> Work:
         self._provide(request)
         self._stop = session.stop
         self._tell(f"Run {request.run} of runbook {request.definition.name} on {request.environment.name}")
         return Within(self, request, journal, session, fence, notifier)
-
-    def _aftermath(self, ended: engine.Ended) -> Problem | None:
-        from runbooks import outlook
-        from runbooks.journal import opened
-
-        if ended.state.state == "succeeded" or ended.code == errors.OK:
-            return None
-        with opened(ended.request.environment.open_journal()) as journal:
-            return outlook.aftermath(journal, ended.state, ended.state.state)
 
     def _is_known(self, path: Path) -> bool:
         from runbooks.environment import Environment
