@@ -116,7 +116,7 @@ def rulebook(place: Place, path: Path) -> Iterator[int]:
             process.wait()
 
 
-def until(true: Callable[[], bool], what: str, log: Path, timeout_s: float = 300) -> None:
+def until(true: Callable[[], bool], what: str, log: Path, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}\n{log.read_text()[-8000:]}"
