@@ -31,7 +31,9 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ansible import context
 from ansible.plugins.callback import CallbackBase
@@ -41,7 +43,7 @@ CHECKOUT = Path(__file__).absolute().parents[6]
 PR_SET_PDEATHSIG = 1
 
 
-def package():
+def package() -> Path | None:
     """The directory of the package runbooks: a checkout's, or the installed one's; None when there is none."""
     if (CHECKOUT / "runbooks" / "door.py").is_file():
         if str(CHECKOUT) not in sys.path:
@@ -51,7 +53,7 @@ def package():
     return Path(found.origin).parent if found and found.origin else None
 
 
-def is_runbook(playbook, plays):
+def is_runbook(playbook: Path, plays: Sequence[Any]) -> bool:
     """Whether it may be one, told without importing anything: most playbooks are none and shall not wait for that.
 
     Generated playbooks say it themselves; steps are near their definitions.
@@ -63,7 +65,7 @@ def is_runbook(playbook, plays):
     return any(place in playbook.parents for place in (*places, *([home] if home else [])))
 
 
-def end_with_parent():
+def end_with_parent() -> None:
     """Workers outlive an ansible-playbook that is killed, and would act beside a resumed run: the kernel ends them."""
     import ctypes
 
@@ -77,11 +79,12 @@ class CallbackModule(CallbackBase):
     CALLBACK_NAME = "censuschat.infra.runbook_journal"
     CALLBACK_NEEDS_ENABLED = True
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._effects = self._door = None
+        self._effects: Any = None
+        self._door: Any = None
 
-    def v2_playbook_on_start(self, playbook):
+    def v2_playbook_on_start(self, playbook: Any) -> None:
         plays = playbook.get_plays()
         path = Path(playbook._file_name).absolute()
         check = bool(context.CLIARGS.get("check"))
@@ -94,13 +97,13 @@ class CallbackModule(CallbackBase):
         if not self.disabled:
             end_with_parent()
 
-    def _attach(self, playbook, plays):
+    def _attach(self, playbook: Any, plays: Sequence[Any]) -> None:
         from runbooks import effects
 
         variables = plays[0].get_variable_manager().extra_vars if plays else {}
         self._effects = effects.attach(variables, context.CLIARGS.get("inventory") or [], playbook.get_loader())
 
-    def _enter(self, path, plays, check):
+    def _enter(self, path: Path, plays: Sequence[Any], check: bool) -> None:
         from runbooks import door
 
         arguments = context.CLIARGS
@@ -119,31 +122,31 @@ class CallbackModule(CallbackBase):
             self._door = door.Door(call, entry, self._display.display)
             self._door.open()
 
-    def v2_playbook_on_play_start(self, play):
+    def v2_playbook_on_play_start(self, play: Any) -> None:
         if self._door:
             self._do(lambda: self._door.play(play))
 
-    def v2_runner_on_start(self, host, task):
+    def v2_runner_on_start(self, host: Any, task: Any) -> None:
         watcher = self._effects.intended if self._effects else self._door.started
         self._do(lambda: watcher(task, host.get_name()))
 
-    def v2_runner_on_ok(self, result):
+    def v2_runner_on_ok(self, result: Any) -> None:
         self._done(result, "ok")
 
-    def v2_runner_on_skipped(self, result):
+    def v2_runner_on_skipped(self, result: Any) -> None:
         self._done(result, "skipped")
 
-    def v2_runner_on_failed(self, result, ignore_errors=False):
+    def v2_runner_on_failed(self, result: Any, ignore_errors: bool = False) -> None:
         self._failed(result, "failed", bool(ignore_errors))
 
-    def v2_runner_on_unreachable(self, result):
+    def v2_runner_on_unreachable(self, result: Any) -> None:
         self._failed(result, "unreachable", bool(result.task.ignore_unreachable))
 
-    def _done(self, result, how):
+    def _done(self, result: Any, how: str) -> None:
         watcher = self._effects or self._door
         self._do(lambda: watcher.done(result.task, result.host.get_name(), result.result, how))
 
-    def _failed(self, result, how, ignored):
+    def _failed(self, result: Any, how: str, ignored: bool) -> None:
         if self._effects:
             self._done(result, how)
         else:
@@ -151,11 +154,11 @@ class CallbackModule(CallbackBase):
             task, host = result.task, result.host.get_name()
             self._do(lambda: self._door.failed(task, host, result.result, unreachable=unreachable, ignored=ignored))
 
-    def v2_playbook_on_stats(self, stats):
+    def v2_playbook_on_stats(self, stats: Any) -> None:
         if self._door:
             self._do(lambda: self._door.close(failed=bool(stats.failures or stats.dark)))
 
-    def _do(self, work):
+    def _do(self, work: Callable[[], object]) -> None:
         """Do it, or end the playbook. Ansible only warns of an Exception in a callback; SystemExit gets through."""
         if package() is None:
             self._stop(
@@ -174,7 +177,7 @@ class CallbackModule(CallbackBase):
         except errors.Problem as problem:
             self._stop(str(problem), problem.exit_code)
 
-    def _stop(self, sentence, code):
+    def _stop(self, sentence: str, code: int) -> NoReturn:
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
             worker.terminate()
