@@ -124,6 +124,13 @@ def configuration(environment: Environment) -> Configuration:
     """What the inventory's ``runbook_notifications`` says. Never raises: what is wrong is left out and told."""
     problems: list[str] = []
     given = environment.raw("runbook_notifications")
+    if isinstance(given, str):
+        try:
+            given = environment.get("runbook_notifications")
+        except Problem as problem:
+            return Configuration(
+                problems=(f"runbook_notifications cannot be read from the inventory ({problem.code})",)
+            )
     if given is None:
         return Configuration()
     if not isinstance(given, Mapping):
