@@ -241,7 +241,7 @@ def sweep_drills(
                     return
                 try:
                     trial = lane.trial(number, seed)
-                except (SweepError, OSError) as error:
+                except (SweepError, OSError, subprocess.CalledProcessError) as error:
                     trial = Trial(number, "?", "", error=str(error))
                 with mutex:
                     trials.append(trial)

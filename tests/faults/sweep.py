@@ -224,10 +224,12 @@ class Network:
     def cut(self) -> None:
         path = self.group.relative_to(CGROUP)
         level = 1  # below the root of the version 2 hierarchy, wherever that is mounted
-        rules = (
-            f"table inet {self.table} {{ chain output {{ type filter hook output priority -250; policy accept; "
-            f'socket cgroupv2 level {level} "{path}" drop; }} }}'
-        )
+        rules = f"""table inet {self.table} {{
+            chain output {{
+                type filter hook output priority -250; policy accept;
+                socket cgroupv2 level {level} "{path}" drop
+            }}
+        }}"""
         subprocess.run(("nft", "-f", "-"), input=rules, text=True, check=True)
         self.down = True
 
