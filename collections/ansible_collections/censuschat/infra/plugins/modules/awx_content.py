@@ -122,7 +122,7 @@ EXAMPLES = r"""
           labels: ["runbooks of production"]
           nodes:
             - identifier: ask
-              approval: {name: Shall it be done?, timeout: 3600}
+              approval: {name: Verify production, timeout: 3600}
               success: [do]
             - identifier: do
               job_template: verify

@@ -188,7 +188,7 @@ class Awx:
     def _write(self, step: Step, thing: Thing, found: Thing | None, ids: dict[Key, int], secrets: set[str]) -> None:
         kind = thing.kind
         body: dict[str, Any] = {}
-        for name, (_, value) in step.fields.items():
+        for name, (_now, value) in step.fields.items():
             spec = kind.fields[name]
             if name in ("survey", "approval") or (kind.name == "node" and name in RUNS):
                 continue

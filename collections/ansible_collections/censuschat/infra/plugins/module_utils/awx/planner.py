@@ -289,15 +289,15 @@ def shown(step: Step, secrets: set[str]) -> dict[str, Any]:
         "name": " / ".join(step.key[1:]),
         "fields": step.names(),
         **({"why": step.why} if step.why else {}),
-        "before": {
-            **{n: veiled(before, secrets) for n, (before, _) in step.fields.items()},
-            **{n: list(before) for n, (before, _) in step.many.items()},
-        },
-        "after": {
-            **{n: veiled(after, secrets) for n, (_, after) in step.fields.items()},
-            **{n: list(after) for n, (_, after) in step.many.items()},
-        },
+        "before": _side(step, 0, secrets),
+        "after": _side(step, 1, secrets),
     }
+
+
+def _side(step: Step, side: int, secrets: set[str]) -> dict[str, Any]:
+    """The values before (0) or after (1)."""
+    fields = {name: veiled(values[side], secrets) for name, values in step.fields.items()}
+    return {**fields, **{name: list(names[side]) for name, names in step.many.items()}}
 
 
 def veiled(value: Any, secrets: set[str]) -> Any:
