@@ -390,7 +390,7 @@ def test_no_change_of_an_exported_file_goes_unseen(place: Path, capsys: pytest.C
         swapped = list(lines)
         swapped[one], swapped[two] = swapped[two], swapped[one]
         changes.append(b"".join(swapped))
-    changes += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 7)]
+    changes += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 31)]
     known = evidence.by_public(evidence.keys_in(trusted))
     for changed in changes:
         file.write_bytes(changed)
