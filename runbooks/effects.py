@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +14,9 @@ from runbooks import vault
 from runbooks.errors import Problem, Refused
 from runbooks.journal import Journal, LockLost
 from runbooks.redact import HIDDEN, redact
+
+WATCH_S = 0.5
+"""Seconds between two looks at the workers."""
 
 __all__ = ["Effects", "LockLost", "attach", "looks_only", "lost"]
 
@@ -152,6 +157,40 @@ def attach(variables: Mapping[str, Any], inventories: Sequence[str], loader: Any
     for inventory in inventories:
         hidden |= vault.values(Path(inventory), loader)
     return Effects(journal, frozenset(hidden), environment.get("RUNBOOK_STEP"))
+
+
+def killed_worker() -> int:
+    """The signal that has killed a worker of this ansible-playbook which Ansible has not looked at since; 0: none.
+
+    Ansible's free strategy never looks, and would wait for that worker's result until the step's time limit. Read from
+    /proc, because whoever asks the kernel for a child's end takes the answer from Ansible.
+    """
+    for thread in Path("/proc/self/task").iterdir():
+        for child in _words(thread / "children"):
+            # The name in brackets may hold anything; after the last one come the state and, at the end, the exit code.
+            fields = _words(Path("/proc") / child / "stat", after=")")
+            if fields and fields[0] == "Z" and int(fields[-1]) & 0x7F:
+                return int(fields[-1]) & 0x7F
+    return 0
+
+
+def _words(file: Path, after: str = "") -> list[str]:
+    """The words of a file below /proc (behind the last ``after``); none when what it tells of has ended meanwhile."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return (text.rpartition(after)[2] if after else text).split()
+
+
+def watch(tell: Callable[[str], None], closed: threading.Event) -> None:
+    """End this ansible-playbook when a worker of it is killed, until ``closed``."""
+    while not closed.wait(WATCH_S):
+        number = killed_worker()
+        if number:
+            tell(f"A worker of ansible-playbook was killed ({signal.Signals(number).name})")
+            os.kill(os.getpid(), signal.SIGINT)
+            return
 
 
 def lost(run: str) -> Problem:

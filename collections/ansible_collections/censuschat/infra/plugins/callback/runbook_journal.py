@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,6 +84,7 @@ class CallbackModule(CallbackBase):
         super().__init__()
         self._effects: Any = None
         self._door: Any = None
+        self._ended = threading.Event()
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
         plays = playbook.get_plays()
@@ -96,6 +98,12 @@ class CallbackModule(CallbackBase):
         self.disabled = not (self._effects or self._door)
         if not self.disabled:
             end_with_parent()
+            self._watch()
+
+    def _watch(self) -> None:
+        from runbooks import effects
+
+        threading.Thread(target=effects.watch, args=(self._display.error, self._ended), daemon=True).start()
 
     def _attach(self, playbook: Any, plays: Sequence[Any]) -> None:
         from runbooks import effects
@@ -155,6 +163,7 @@ class CallbackModule(CallbackBase):
             self._do(lambda: self._door.failed(task, host, result.result, unreachable=unreachable, ignored=ignored))
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
+        self._ended.set()
         if self._door:
             self._do(lambda: self._door.close(failed=bool(stats.failures or stats.dark)))
 
