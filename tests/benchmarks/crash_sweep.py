@@ -6,6 +6,7 @@ Takes the lab that is up, with the environment on it.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from lab import verbs
 from tests.faults import drill, failover
-from tests.faults.sweep import SweepError, Trial
+from tests.faults.sweep import Results, SweepError
 
 
 def main() -> int:
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--drill", type=int, default=200, metavar="N", help="kills of the drill (default 200)")
     parser.add_argument("--failovers", default="all", metavar="all|N|none", help="pairs of fail-over and fail-back")
     parser.add_argument("--seed", type=int, help="repeats the drill's moments and victims (default: the clock's)")
+    parser.add_argument("--results", type=Path, help="file of the trials' results; those of this seed are not repeated")
     parser.add_argument("--lanes", type=int, default=3, help="drills side by side (default 3)")
     arguments = parser.parse_args()
     inventory = verbs.recorded()
@@ -42,31 +44,25 @@ def main() -> int:
         print(f"{time.monotonic() - began:7.1f} {line}", flush=True)
 
     told(f"seed {seed}: repeat the drill's moments with --seed {seed}")
-    trials: list[Trial] = []
-    two_writers_ms = 0
     with tempfile.TemporaryDirectory(prefix="crash-sweep-") as directory:
         try:
+            results = Results(seed, told, arguments.results)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: results.stop.set())
             if arguments.drill:
-                trials += drill.sweep_drills(
-                    inventory, Path(directory), arguments.drill, told, seed=seed, lanes=arguments.lanes
-                )
-            if arguments.failovers != "none":
+                drill.sweep_drills(inventory, Path(directory), arguments.drill, results, lanes=arguments.lanes)
+            if arguments.failovers != "none" and not results.stop.is_set():
                 pairs = None if arguments.failovers == "all" else int(arguments.failovers)
-                more, two_writers_ms = failover.sweep_failovers(inventory, Path(directory), pairs, told)
-                trials += more
+                failover.sweep_failovers(inventory, Path(directory), pairs, results)
         except SweepError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    bad = [trial for trial in trials if not trial.good]
-    for trial in bad:
+    for trial in results.bad():
         print(f"BAD {trial.line()}")
-    finished = sum(trial.finished for trial in trials)
-    duplicated = sum(sum(trial.duplicated.values()) for trial in trials)
-    print(
-        f"bench crash-sweep: kills={len(trials)} finished={finished} duplicated_effects={duplicated} "
-        f"two_writers_ms={two_writers_ms}"
-    )
-    return 1 if bad or two_writers_ms else 0
+    if results.stop.is_set():
+        told("ended early; the same command goes on with the rest when --results names a file")
+    print(f"bench crash-sweep: {results.line()}")
+    return 1 if results.bad() or results.two_writers_ms else 0
 
 
 if __name__ == "__main__":

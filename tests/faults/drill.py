@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lab import topology
 from runbooks import evidence
 from runbooks.journal import Journal
 from tests.faults import sweep
 from tests.faults.logs import Event, Logs, of, on, role_changes_logged
-from tests.faults.sweep import Network, Place, Run, SweepError, Trial, network_of, place, strike
+from tests.faults.sweep import Network, Place, Results, Run, SweepError, Trial, network_of, place, strike
 from tests.local_postgresql import LocalPostgreSQL
 
 #: Which step's intent comes before which change; removals are the last step's.
@@ -176,15 +177,13 @@ def open_journal(where: Place) -> Journal:
     return Journal(location(where), "lab", where.journal)
 
 
-def verify(where: Place, trials: Sequence[Trial]) -> None:
-    """As `runbook evidence verify RUN` does for each of them, by the key of the sweep's own operator."""
+def verify(where: Place, runs: Sequence[str]) -> dict[str, str]:
+    """Run -> what is wrong with its evidence, as `runbook evidence verify RUN` would say by the sweep's own key."""
     chain = evidence.read(location(where), "lab")
     verdict = evidence.judge(chain, evidence.by_public(evidence.own_keys()), ())
-    for trial in trials:
-        if not verdict.ok:
-            trial.evidence = verdict.sentence()
-        elif trial.run and chain.find(trial.run) != trial.run:
-            trial.evidence = "the journal does not have the run"
+    if not verdict.ok:
+        return dict.fromkeys(runs, verdict.sentence())
+    return {run: "the journal does not have the run" for run in runs if chain.find(run) != run}
 
 
 def left_over(names: Sequence[str], inventory: Path) -> list[str]:
@@ -203,25 +202,28 @@ def left_over(names: Sequence[str], inventory: Path) -> list[str]:
     return found
 
 
-def sweep_drills(
-    inventory: Path, directory: Path, count: int, told: Callable[[str], None], *, seed: int, lanes: int
-) -> list[Trial]:
-    """Kill and resume so many drills, in lanes side by side; the lanes' names and journals keep them apart."""
+def sweep_drills(inventory: Path, directory: Path, count: int, results: Results, *, lanes: int) -> None:
+    """Kill and resume the first so many drills of the seed that have no result yet, in lanes side by side.
+
+    The lanes' names and journals keep them apart. Raises SweepError when something is left on the servers in the end.
+    """
     lab = topology.load(inventory)
-    trials: list[Trial] = []
-    numbers = iter(range(1, count + 1))
+    told = results.told
+    numbers = iter([number for number in range(1, count + 1) if f"drill {number}" not in results.trials])
     mutex, over = threading.Lock(), threading.Event()
-    primary = primary_of(lab)
+    own: list[Trial] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(sweep.operator(directory))
-        stack.enter_context(role_changes_logged(primary))
+        stack.enter_context(role_changes_logged(primary_of(lab)))
         logs = stack.enter_context(Logs(lab))
         server = stack.enter_context(LocalPostgreSQL())
         os.environ["PGPASSFILE"] = str(server.passfile)
         all_lanes = []
         for index in range(lanes):
             # One lane's journal is in PostgreSQL, as several operators share it.
-            settings = {"runbook_journal": server.url} if index == 1 else {}
+            settings: dict[str, Any] = {"runbook_journal": server.url} if index == 1 else {}
+            # A drill touches nothing that the clients see, and reading their ledgers takes a report's time.
+            settings["runbook_ledgers"] = str(directory / "no-ledgers")
             name = f"lane{index}"
             where = place(directory / name, inventory, settings)
             all_lanes.append(Lane(name, where, logs, stack.enter_context(network_of(index))))
@@ -230,30 +232,29 @@ def sweep_drills(
         side_by_side([lane.learn for lane in all_lanes])
         together = agreed(all_lanes)
         for lane in all_lanes:
-            lane.unbroken = Counter({key.replace("LANE", lane.name): count for key, count in together.items()})
+            lane.unbroken = Counter({key.replace("LANE", lane.name): times for key, times in together.items()})
             told(f"{lane.name}: {sum(lane.unbroken.values())} changes in {lane.seconds[-1]:.1f} s")
 
         def work(lane: Lane) -> None:
             while True:
                 with mutex:
-                    number = None if over.is_set() else next(numbers, None)
+                    number = None if over.is_set() or results.stop.is_set() else next(numbers, None)
                 if number is None:
                     return
                 try:
-                    trial = lane.trial(number, seed)
+                    trial = lane.trial(number, results.seed)
                 except (SweepError, OSError, subprocess.CalledProcessError) as error:
-                    trial = Trial(number, "?", "", error=str(error))
-                with mutex:
-                    trials.append(trial)
-                    told(f"[{len(trials)}/{count}] {trial.line()}")
+                    trial = Trial(number, "?", "", lane=lane.name, error=str(error))
+                own.append(trial)
+                results.add(f"drill {number}", trial, f"/{count}")
 
         side_by_side([lambda lane=lane: work(lane) for lane in all_lanes])  # type: ignore[misc]
         for lane in all_lanes:
-            verify(lane.place, [trial for trial in trials if trial.lane == lane.name])
+            faults = verify(lane.place, [trial.run for trial in own if trial.run and trial.lane == lane.name])
+            results.judge(lambda trial, faults=faults: faults.get(trial.run, ""))  # type: ignore[misc]
         remains = left_over([lane.name for lane in all_lanes], inventory)
     if remains:
         raise SweepError(f"the drills left something behind: {remains}")
-    return trials
 
 
 def agreed(lanes: Sequence[Lane]) -> Counter[str]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from runbooks import ledger
 from tests.faults import sweep
 from tests.faults.drill import open_journal, verify
 from tests.faults.logs import Event, Logs
-from tests.faults.sweep import PLUGINS, Place, Run, SweepError, Trial, place, read_lines
+from tests.faults.sweep import PLUGINS, UNHARMED, Place, Results, Run, SweepError, Trial, place, read_lines
 
 LAB = (sys.executable, "-m", "lab")
 VICTIMS = ("engine", "all", "runner", "worker")
@@ -60,11 +60,12 @@ class Sweep:
 
     where: Place
     logs: Logs
-    told: Callable[[str], None]
+    results: Results
     primary: str
     secondary: str
     unbroken: dict[str, Counter[str]] = field(default_factory=dict)
     points: dict[str, list[Point]] = field(default_factory=dict)
+    runs: list[str] = field(default_factory=list)
 
     def command(self, runbook: str) -> list[str]:
         return ["run", runbook, "-i", str(self.where.inventory), "--yes"]
@@ -84,7 +85,7 @@ class Sweep:
             self.points[runbook] = [
                 Point(line["step"], line["task"], line["host"], line["nth"]) for line in read_lines(notes)
             ]
-            self.told(
+            self.results.told(
                 f"unbroken {runbook}: {time.time() - run.began:.0f} s, {len(self.points[runbook])} side effects, "
                 f"{sum(self.unbroken[runbook].values())} changes on servers"
             )
@@ -97,19 +98,19 @@ class Sweep:
     def kills(self, runbook: str) -> list[tuple[Point, str]]:
         return [(point, moment) for point in self.points[runbook] for moment in ("before", "after")]
 
-    def pair(self, number: int, over: tuple[Point, str] | None, back: tuple[Point, str] | None) -> list[Trial]:
+    def pair(self, number: int, over: tuple[Point, str] | None, back: tuple[Point, str] | None) -> None:
         """Lose the region, fail over, heal it, fail back; each killed at its point, if it has one."""
         self._lose()
-        trials = [self._one(number, "fail-over", over)]
+        self._one(number, "fail-over", over)
         self._heal()
-        trials.append(self._one(number, "fail-back", back))
-        return trials
+        self._one(number, "fail-back", back)
 
-    def _one(self, number: int, runbook: str, kill: tuple[Point, str] | None) -> Trial:
+    def _one(self, number: int, runbook: str, kill: tuple[Point, str] | None) -> None:
         victim = VICTIMS[number % len(VICTIMS)]
         if kill is not None and kill[1] == "after" and victim == "worker":
             victim = "engine"  # A worker that has given its result is gone.
-        trial = Trial(number, victim if kill else "nobody", f"{kill[1]} {kill[0]}" if kill else f"in {runbook}")
+        at_point = f"of {runbook} {kill[1]} {kill[0]}" if kill else f"of {runbook}"
+        trial = Trial(number, victim if kill else UNHARMED, at_point)
         mark = self.where.directory / f"mark-{number}-{runbook}"
         began = time.monotonic()
         more = {}
@@ -132,8 +133,8 @@ class Sweep:
             self._heal()
         self._judge(runbook, trial, first)
         trial.seconds = time.monotonic() - began
-        self.told(f"{runbook} {trial.line()}")
-        return trial
+        self.runs += [trial.run] if trial.run else []
+        self.results.add(f"{runbook} {number}", trial)
 
     def _resume(self, number: int, trial: Trial) -> None:
         machine = f"machine-{number}" if trial.victim in ("engine", "all") and number % ELSEWHERE == 0 else "here"
@@ -216,14 +217,11 @@ def prepared(directory: Path, inventory: Path) -> Place:
     return where
 
 
-def sweep_failovers(
-    inventory: Path, directory: Path, pairs: int | None, told: Callable[[str], None]
-) -> tuple[list[Trial], int]:
-    """So many pairs, or as many as it takes; the trials, and for how many milliseconds the clients saw two writers."""
+def sweep_failovers(inventory: Path, directory: Path, pairs: int | None, results: Results) -> None:
+    """So many pairs that have no result yet, or as many as it takes; and for how long the clients saw two writers."""
     lab = topology.load(inventory)
     variables = yaml.safe_load((inventory / "group_vars/all/main.yml").read_text())
     where = prepared(directory / "failover", inventory)
-    trials: list[Trial] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(sweep.operator(directory))
         started = time.monotonic()
@@ -235,18 +233,19 @@ def sweep_failovers(
         stack.callback(call, *LAB, "heal", variables["region_primary"])
         stack.callback(call, *LAB, "probe", "stop")
         logs = stack.enter_context(Logs(lab))
-        work = Sweep(where, logs, told, variables["region_primary"], variables["region_secondary"])
+        work = Sweep(where, logs, results, variables["region_primary"], variables["region_secondary"])
         work.learn()
         over, back = work.kills("fail-over"), work.kills("fail-back")
-        wanted = max(len(over), len(back)) if pairs is None else pairs
-        for number in range(wanted):
-            trials += work.pair(number, at(over, number), at(back, number))
-        verify(where, trials)
+        wanted = [number for number in range(max(len(over), len(back))) if f"fail-back {number}" not in results.trials]
+        for number in wanted[:pairs]:
+            if results.stop.is_set():
+                break
+            work.pair(number, at(over, number), at(back, number))
+        faults = verify(where, work.runs)
+        results.judge(lambda trial: faults.get(trial.run, ""))
         time.sleep(5)
     records = ledger.read_all((STATE / "ledgers").glob("*.jsonl"))
-    figures = ledger.measure(records, start=started)
-    # An unbroken one of a pair is no kill.
-    return [trial for trial in trials if trial.victim != "nobody" or not trial.good], figures.two_writers_ms
+    results.add_two_writers(ledger.measure(records, start=started).two_writers_ms)
 
 
 def at(kills: Sequence[tuple[Point, str]], number: int) -> tuple[Point, str] | None:

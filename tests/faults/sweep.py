@@ -11,14 +11,13 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ LEASE_S = 8
 PLUGINS = REPO / "tests" / "faults" / "plugins"
 VICTIMS = ("engine", "runner", "worker", "all", "network")
 WEIGHTS = (35, 20, 20, 20, 5)
+UNHARMED = "nobody"
 STARTED = re.compile(r", run (\S+)")
 CGROUP = Path("/sys/fs/cgroup")
 CUT = "censuslab-cut"
@@ -281,25 +281,67 @@ class Trial:
         return ", ".join(parts)
 
 
+class Results:
+    """The trials so far, in a file when one is given: a sweep of the same seed goes on where another ended.
+
+    stop: set when the sweep is to end after the trials under way. Raises SweepError when the file is of another seed.
+    """
+
+    def __init__(self, seed: int, told: Callable[[str], None], file: Path | None = None) -> None:
+        self.seed, self.told, self.file = seed, told, file
+        self.stop = threading.Event()
+        self.trials: dict[str, Trial] = {}
+        self.two_writers_ms = 0
+        self._mutex = threading.Lock()
+        for line in read_lines(file) if file else ():
+            if line["seed"] != seed:
+                raise SweepError(f"{file} has the results of seed {line['seed']}, not of {seed}")
+            self.two_writers_ms += line.get("two_writers_ms", 0)
+            if trial := line.get("trial"):
+                for name in ("duplicated", "missing"):
+                    trial[name] = Counter(trial[name])
+                self.trials[line["key"]] = Trial(**trial)
+
+    def add(self, key: str, trial: Trial, of: str = "") -> None:
+        with self._mutex:
+            self.trials[key] = trial
+            self._note({"key": key, "trial": asdict(trial)})
+            self.told(f"[{len(self.trials)}{of}] {trial.line()}")
+
+    def add_two_writers(self, milliseconds: int) -> None:
+        self.two_writers_ms += milliseconds
+        self._note({"two_writers_ms": milliseconds})
+
+    def judge(self, where: Callable[[Trial], str]) -> None:
+        """Note what the trials' evidence is worth, once it has been examined; an empty sentence is good."""
+        for key, trial in self.trials.items():
+            if sentence := where(trial):
+                trial.evidence = sentence
+                self._note({"key": key, "trial": asdict(trial)})
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if self.file:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps({"seed": self.seed, **line}) + "\n")
+
+    def bad(self) -> list[Trial]:
+        return [trial for trial in self.trials.values() if not trial.good]
+
+    def line(self) -> str:
+        """The sum of all: an unbroken run of a pair is no kill."""
+        kills = [trial for trial in self.trials.values() if trial.victim != UNHARMED]
+        return (
+            f"kills={len(kills)} finished={sum(trial.finished for trial in kills)} "
+            f"duplicated_effects={sum(sum(trial.duplicated.values()) for trial in self.trials.values())} "
+            f"two_writers_ms={self.two_writers_ms}"
+        )
+
+
 def compare(unbroken: Counter[str], events: Iterable[Event], trial: Trial) -> None:
     """What happened more or less often than in an unbroken run."""
     seen = Counter(event.key for event in events)
     trial.duplicated = seen - unbroken
     trial.missing = unbroken - seen
-
-
-def announced(records: Sequence[Any], events: Sequence[Event], trial: Trial, tolerance_s: float = 0.02) -> None:
-    """Each change on a server has an older intent in the journal than itself."""
-    intents = sorted(record.wall for record in records if record.kind == "effect_intended")
-    if not intents:
-        trial.unannounced = ["the journal has no intents"] if events else []
-        return
-    trial.unannounced = [event.key for event in events if event.wall < intents[0] - tolerance_s]
-
-
-def interrupted(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGINT)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

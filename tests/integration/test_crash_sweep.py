@@ -8,6 +8,7 @@ import pytest
 
 from lab import verbs
 from tests.faults import drill
+from tests.faults.sweep import Results
 
 SEED = 4
 """With it the six kills have every kind of victim: network, runner, worker, engine and everything at once."""
@@ -23,6 +24,7 @@ def test_a_killed_drill_is_finished_by_its_resumption_and_does_nothing_twice(
         with capsys.disabled():
             print(f"\n{line}", end="", flush=True)
 
-    trials = drill.sweep_drills(inventory, tmp_path, 6, told, seed=SEED, lanes=2)
-    assert [trial.line() for trial in trials if not trial.good] == []
-    assert len(trials) == 6
+    results = Results(SEED, told)
+    drill.sweep_drills(inventory, tmp_path, 6, results, lanes=2)
+    assert [trial.line() for trial in results.bad()] == []
+    assert len(results.trials) == 6
