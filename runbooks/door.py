@@ -436,9 +436,9 @@ class Door:
         if isinstance(turn, Turn):
             how = "unreachable" if unreachable else "failed"
             turn.effects.done(task, host, result, how)
-            if not ignored:
+            if not ignored and (unreachable or not is_rescued(task)):
                 turn.take(f"runner_on_{how}", task.get_name(), host, result)
-                turn.failed = turn.failed or not (not unreachable and is_rescued(task))
+                turn.failed = True
 
     def close(self, *, failed: bool) -> None:
         """After the last play, if Ansible came that far. Raises SystemExit when the run did not succeed.

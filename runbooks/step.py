@@ -206,6 +206,9 @@ class Events:
             return self.activity
         if kind == "playbook_on_stats":
             self.outputs = dict(data.get("artifact_data") or {})
+            # A failure that a rescue took care of is no cause: its host has not failed in the end.
+            bad = {*(data.get("failures") or {}), *(data.get("dark") or {})}
+            self.failures = [f for f in self.failures if f["host"] in bad] or self.failures
         elif kind == "verbose" and str(event.get("stdout", "")).strip():
             self.tail = [*self.tail[-14:], str(event["stdout"]).strip()]
         return None
