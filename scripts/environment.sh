@@ -61,6 +61,10 @@ environment_ready() {
     export VIRTUAL_ENV=$venv PATH="$root/scripts/bin:$venv/bin:$PATH"
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
     export ANSIBLE_CONFIG="$root/ansible.cfg"
+    # Every step of a runbook is a process of its own: without kept bytecode each compiles what it imports anew. In the
+    # cache, so that the checkout stays clean.
+    export PYTHONPYCACHEPREFIX=$CENSUSCHAT_CACHE/bytecode
+    unset PYTHONDONTWRITEBYTECODE
 }
 
 # The system's own Python where it can make environments: a pyenv shim fails when .python-version names one it lacks.
