@@ -26,21 +26,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from runbooks import awx, definition, generate
+    from runbooks import awx, definition
+    from runbooks.commands.generate import bring_up_to_date
 
     expected = awx.export(definition.load(name) for name in definition.files())
-    drifted = generate.drift(expected) if arguments.check else generate.write(expected)
-    if arguments.json:
-        print_json({"files": sorted(map(str, expected)), "drifted": sorted(map(str, drifted))})
-    else:
-        for path in drifted:
-            print(f"{'not up to date' if arguments.check else 'written'}: {path}")
-        if not drifted:
-            print(f"All {len(expected)} files are up to date.")
-    if arguments.check and drifted:
-        print("next: runbook awx export", file=sys.stderr)
-        return errors.FAILED
-    return errors.OK
+    return bring_up_to_date(arguments, expected, "runbook awx export")
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from runbooks import errors
@@ -28,6 +29,13 @@ def main(arguments: argparse.Namespace) -> int:
             next_command="runbook generate --into DIRECTORY",
         )
     expected = generate.outputs(definition.files(), base)
+    return bring_up_to_date(arguments, expected, "runbook generate")
+
+
+def bring_up_to_date(arguments: argparse.Namespace, expected: Mapping[Path, str], command: str) -> int:
+    """Write the generated files, or with ``--check`` tell which are not up to date; the exit code."""
+    from runbooks import generate
+
     drifted = generate.drift(expected) if arguments.check else generate.write(expected)
     if arguments.json:
         print_json({"files": sorted(map(str, expected)), "drifted": sorted(map(str, drifted))})
@@ -37,6 +45,6 @@ def main(arguments: argparse.Namespace) -> int:
         if not drifted:
             print(f"All {len(expected)} files are up to date.")
     if arguments.check and drifted:
-        print("next: runbook generate", file=sys.stderr)
+        print(f"next: {command}", file=sys.stderr)
         return errors.FAILED
     return errors.OK

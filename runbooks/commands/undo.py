@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from runbooks.commands.common import add_inventory, add_run, add_secrets, given_order, latest, optional_inventory
+from runbooks.commands.common import add_inventory, add_run, add_secrets
+from runbooks.commands.resume import again
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,14 +16,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     from runbooks import engine
-    from runbooks.commands.ending import end
-    from runbooks.progress import choose
-    from runbooks.session import Interrupted, signals
 
-    order, inventory = given_order(arguments), optional_inventory(arguments)
-    with signals() as stop:
-        try:
-            ended = engine.undo(latest(arguments.run), choose(as_json=arguments.json), stop, order, inventory)
-        except Interrupted:
-            raise KeyboardInterrupt from None
-    return end(ended, as_json=arguments.json)
+    return again(arguments, engine.undo)
