@@ -272,7 +272,7 @@ def test_run_is_seen_while_another_process_carries_it_out(console: Console, cont
     home, watched = context.new_page(), Watched(context.new_page())
     home.goto(console.url)
     home.evaluate("window.stays = true")
-    running = console.place.start("--slow", "60")
+    running = console.place.start("--slow", "60", "--linger", "60")
     card = home.locator("#running-now")
     expect(card).to_contain_text("1 of 3 steps done; paint for")
     home.screenshot(path=str(console.place.directory / "home.png"), full_page=True)
@@ -293,6 +293,8 @@ def test_run_is_seen_while_another_process_carries_it_out(console: Console, cont
     assert page.evaluate("window.stays")
     assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
     expect(page.locator("#live-status")).to_contain_text("admire")
+    # At its end it is loaded anew.
+    (console.place.directory / "left").touch()
     expect(page.locator("body")).to_have_attribute("data-live", "ended")
     expect(page.locator(".verdict").first).to_contain_text("Done")
     expect(page.locator("#evidence ~ p").first).to_contain_text("holds")
