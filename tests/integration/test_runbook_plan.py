@@ -25,8 +25,9 @@ ETCD = (
     f"ETCDCTL_API=3 etcdctl --endpoints https://127.0.0.1:12379 --cacert {PKI}/ca.crt --cert {PKI}/node.crt "
     f"--key {PKI}/node.key get --prefix /censuschat/lab/ -w json"
 )
+# New timelines are in the servers' logs.
 SQL = (
-    "SELECT pg_is_in_recovery(), (SELECT timeline_id FROM pg_control_checkpoint()), "
+    "SELECT pg_is_in_recovery(), "
     "(SELECT string_agg(rolname, ',' ORDER BY rolname) FROM pg_roles WHERE rolname NOT LIKE 'runbook%'), "
     "(SELECT count(*) FROM rows)"
 )
