@@ -159,38 +159,65 @@ def attach(variables: Mapping[str, Any], inventories: Sequence[str], loader: Any
     return Effects(journal, frozenset(hidden), environment.get("RUNBOOK_STEP"))
 
 
-def killed_worker() -> int:
-    """The signal that has killed a worker of this ansible-playbook which Ansible has not looked at since; 0: none.
+class Workers:
+    """The workers that this ansible-playbook has started, to see one that has ended without its last word.
 
-    Ansible's free strategy never looks, and would wait for that worker's result until the step's time limit. Read from
-    /proc, because whoever asks the kernel for a child's end takes the answer from Ansible.
+    Ansible's free strategy waits for that worker's result until the step's time limit, and so does the linear one when
+    it has given the worker's place to another host before it looked.
     """
-    for thread in Path("/proc/self/task").iterdir():
-        for child in _words(thread / "children"):
-            # The name in brackets may hold anything; after the last one come the state and, at the end, the exit code.
-            fields = _words(Path("/proc") / child / "stat", after=")")
-            if fields and fields[0] == "Z" and int(fields[-1]) & 0x7F:
-                return int(fields[-1]) & 0x7F
-    return 0
+
+    def __init__(self, kind: type[Any]) -> None:
+        """kind: Ansible's class of a worker's process, whose ``start`` and ``terminate`` are followed from now on."""
+        # Not the workers themselves: Ansible closes them, and with that forgets how they ended.
+        self._started: set[Any] = set()
+        begin, end = kind.start, kind.terminate
+
+        def start(worker: Any) -> None:
+            begin(worker)
+            self._started.add(worker._popen)
+
+        def terminate(worker: Any) -> None:
+            # At the end of each play, those whose results are there and who have not quite ended.
+            self._started.discard(worker._popen)
+            end(worker)
+
+        kind.start, kind.terminate = start, terminate
+
+    def watch(self, tell: Callable[[str], None], closed: threading.Event) -> None:
+        """End this ansible-playbook when a worker of it has died, until ``closed``."""
+        while not closed.wait(WATCH_S):
+            how = self.died()
+            if how and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+                # Ansible is being interrupted, has passed that on to its workers, and would not survive another one.
+                return
+            if how:
+                tell(f"A worker of ansible-playbook {how}")
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    def died(self) -> str:
+        """How one of them died, once; empty while all live or have done their work."""
+        for process in list(self._started):
+            code = _exit_code(process)
+            if code is not None and process in self._started:
+                self._started.discard(process)
+                if code:
+                    return f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+        return ""
 
 
-def _words(file: Path, after: str = "") -> list[str]:
-    """The words of a file below /proc (behind the last ``after``); none when what it tells of has ended meanwhile."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return (text.rpartition(after)[2] if after else text).split()
-
-
-def watch(tell: Callable[[str], None], closed: threading.Event) -> None:
-    """End this ansible-playbook when a worker of it is killed, until ``closed``."""
-    while not closed.wait(WATCH_S):
-        number = killed_worker()
-        if number:
-            tell(f"A worker of ansible-playbook was killed ({signal.Signals(number).name})")
-            os.kill(os.getpid(), signal.SIGINT)
-            return
+def _exit_code(process: Any) -> int | None:
+    """As Ansible has taken it from the kernel, or else without taking it from Ansible. None: it lives."""
+    if process.returncode is None:
+        try:
+            end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:
+            # Ansible is just taking it.
+            return None
+        if end is None:
+            return None
+        return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+    return int(process.returncode)
 
 
 def lost(run: str) -> Problem:

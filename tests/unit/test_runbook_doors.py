@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from operator import methodcaller
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -332,6 +334,60 @@ def test_a_diff_is_counted_and_never_kept() -> None:
 
 
 # -- a run at work
+
+
+class Worker(multiprocessing.get_context("fork").Process):  # type: ignore[misc]
+    """As Ansible's: a fork that works for some seconds and ends with an exit code."""
+
+    def __init__(self, seconds: float, code: int = 0) -> None:
+        super().__init__()
+        self._work = seconds, code
+
+    def run(self) -> None:
+        seconds, code = self._work
+        time.sleep(seconds)
+        os._exit(code)
+
+
+def waited_for(worker: Worker) -> None:
+    """Its end is left for Ansible to ask for."""
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+
+join, terminate, kill, close = map(methodcaller, ("join", "terminate", "kill", "close"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "code", "ends", "said"),
+    [
+        (0.2, 0, [join], ""),
+        (0.2, 0, [waited_for], ""),
+        (0.2, 3, [join], "ended with exit code 3"),
+        (0.2, 3, [waited_for], "ended with exit code 3"),
+        (60, 0, [terminate, join], ""),
+        (60, 0, [kill, waited_for], "was killed (SIGKILL)"),
+        (60, 0, [kill, join, close], "was killed (SIGKILL)"),
+        (60, 0, [lambda worker: os.kill(worker.pid, signal.SIGTERM), waited_for], "was killed (SIGTERM)"),
+    ],
+)
+def test_which_end_of_a_worker_ends_the_playbook(
+    seconds: float, code: int, ends: list[Callable[[Worker], object]], said: str
+) -> None:
+    """Ansible terminates workers itself at the end of each play, and closes the dead ones whose place it needs."""
+
+    class Followed(Worker):
+        pass
+
+    workers = effects.Workers(Followed)
+    worker = Followed(seconds, code)
+    worker.start()
+    assert workers.died() == "", "it lives"
+    for end in ends:
+        end(worker)
+    assert [workers.died(), workers.died()] == [said, ""]
+    if waited_for in ends:
+        worker.join()
+        assert worker.exitcode in (code, -signal.SIGKILL, -signal.SIGTERM), "Ansible could still ask"
 
 
 @pytest.fixture

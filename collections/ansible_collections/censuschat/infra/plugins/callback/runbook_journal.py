@@ -101,9 +101,12 @@ class CallbackModule(CallbackBase):
             self._watch()
 
     def _watch(self) -> None:
+        from ansible.executor.process.worker import WorkerProcess
+
         from runbooks import effects
 
-        threading.Thread(target=effects.watch, args=(self._display.error, self._ended), daemon=True).start()
+        watch = effects.Workers(WorkerProcess).watch
+        threading.Thread(target=watch, args=(self._display.error, self._ended), daemon=True).start()
 
     def _attach(self, playbook: Any, plays: Sequence[Any]) -> None:
         from runbooks import effects
