@@ -183,16 +183,7 @@ class Journal:
     def _hold(self, run: str, kind: str, data: Document, fence: int, door: str) -> None:
         process = Process.current()
         who = {"who": process.who, "host": process.host, "boot": process.boot, "pid": process.pid}
-        entry = Entry(kind, run, None, {**data, **who}, fence, door)
-
-        def work(execute: Execute) -> None:
-            if self._has(execute, entry.id):
-                return
-            if fence <= self._fence_of(execute, run)[0]:
-                raise LockLost(run)
-            self._insert(execute, entry)
-
-        self._write(work)
+        self._put(Entry(kind, run, None, {**data, **who}, fence, door), self._newest)
         self._run, self._fence, self._door = run, fence, door
 
     def attach(self, run: str, fence: int, door: str = "runbook") -> None:
@@ -205,68 +196,39 @@ class Journal:
 
     def append(self, kind: str, step: str | None, data: Document) -> None:
         """Add a record of the run that this process holds; it is durable on return. Raises LockLost."""
-        entry = Entry(kind, str(self._run), step, data, self._fence, self._door)
-
-        def work(execute: Execute) -> None:
-            if not self._has(execute, entry.id):
-                self._own(execute)
-                written.append(self._insert(execute, entry))
-
-        written: list[Link] = []
-        self._write(work)
-        if kind in ANCHORED:
-            self._anchoring.offer(Head.of(written[-1]))
+        self._put(Entry(kind, str(self._run), step, data, self._fence, self._door), self._own)
 
     def record(self, kind: str, run: str, step: str | None, data: Document, *, door: str = "runbook") -> None:
         """Add a record of a run, or of none yet, without its lock: approvals, notifications, acknowledgements."""
         if kind in HOLDING:
             raise ValueError(f"{kind} is for the holder of the run's lock")
-        entry = Entry(kind, run, step, data, None, door)
-
-        def work(execute: Execute) -> None:
-            if not self._has(execute, entry.id):
-                written.append(self._insert(execute, entry))
-
-        written: list[Link] = []
-        self._write(work)
-        if kind in ANCHORED:
-            self._anchoring.offer(Head.of(written[-1]))
+        self._put(Entry(kind, run, step, data, None, door))
 
     def finish(self, state: RunOutcome, reason: str = "") -> None:
         """Record the end of the run, after which only ``record`` and ``take_over`` add to it. Raises LockLost."""
-        entry = Entry("run_finished", str(self._run), None, {"state": state, "reason": reason}, self._fence, self._door)
-
-        def work(execute: Execute) -> None:
-            if self._has(execute, entry.id):
-                return
-            self._own(execute)
-            written.append(self._insert(execute, entry))
-
-        written: list[Link] = []
-        self._write(work)
-        self._anchoring.offer(Head.of(written[-1]))
+        data = {"state": state, "reason": reason}
+        self._put(Entry("run_finished", str(self._run), None, data, self._fence, self._door), self._own)
 
     def abort(self, run: str, reason: str, *, fence: int, door: str = "runbook") -> None:
         """Record that an unfinished run was given up. Raises LockLost when a newer fence has been there."""
-        entry = Entry("run_finished", run, None, {"state": "aborted", "reason": reason}, fence, door)
+        self._put(Entry("run_finished", run, None, {"state": "aborted", "reason": reason}, fence, door), self._newest)
+
+    def _put(self, entry: Entry, allowed: Callable[[Execute, Entry], None] = lambda _execute, _entry: None) -> None:
+        """Write an entry once, however often its transaction is tried. allowed: raises LockLost when it may not be."""
+        written: list[Link] = []
 
         def work(execute: Execute) -> None:
-            if self._has(execute, entry.id):
-                return
-            if fence <= self._fence_of(execute, run)[0]:
-                raise LockLost(run)
-            written.append(self._insert(execute, entry))
+            if not self._has(execute, entry.id):
+                allowed(execute, entry)
+                written.append(self._insert(execute, entry))
 
-        written: list[Link] = []
-        self._write(work)
-        self._anchoring.offer(Head.of(written[-1]))
-
-    def _write(self, work: Callable[[Execute], None]) -> None:
         if self._key is None:
             # Before the transaction: others wait for its end, and the first use of a key takes its time.
             self._key = keys.journal_key()
             self._public = keys.public(self._key)
         self._db.write(self.environment, work)
+        if entry.kind in ANCHORED:
+            self._anchoring.offer(Head.of(written[-1]))
 
     # -- inside a transaction
 
@@ -283,7 +245,13 @@ class Journal:
         )
         return rows[0] if rows else (0, "")
 
-    def _own(self, execute: Execute) -> None:
+    def _newest(self, execute: Execute, entry: Entry) -> None:
+        """The entry's fence is newer than all that have written of its run."""
+        if entry.fence is None or entry.fence <= self._fence_of(execute, entry.run)[0]:
+            raise LockLost(entry.run)
+
+    def _own(self, execute: Execute, _entry: Entry | None = None) -> None:
+        """The run that this process holds is still its own."""
         if self._fence is None:
             raise LockLost(self._run)
         fence, kind = self._fence_of(execute, str(self._run))
