@@ -25,6 +25,7 @@ from typing import Any
 
 from lab.paths import PREFIX, STATE
 from lab.topology import Node, Topology
+from tests.nodes import on
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,6 @@ LOG_NOTHING = "ALTER DATABASE postgres RESET log_statement"
 STARTED, STOPPED = "39f53479d3a045ac8e11786248231fbf", "9d1aaa27d60140bd96365438aad20286"
 WRITES = {"create", "update", "patch", "delete", "deletecollection"}
 IN_MOVED_TO, IN_DELETE, IN_CLOSE_WRITE = 0x80, 0x200, 0x8
-
-
-def on(node: str, script: str, *, user: str = "root") -> str:
-    """Run a shell script on a node, past ssh: its region may be cut off."""
-    command = ("podman", "exec", "-u", user, f"{PREFIX}{node}", "sh", "-c", script)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AssertionError(f"{node}: {script}: {done.stdout}{done.stderr}")
-    return done.stdout.strip()
 
 
 @functools.cache
