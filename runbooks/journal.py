@@ -194,9 +194,12 @@ class Journal:
         self._run, self._fence, self._door = run, fence, door
         self._own(self._db.read)
 
-    def append(self, kind: str, step: str | None, data: Document) -> None:
-        """Add a record of the run that this process holds; it is durable on return. Raises LockLost."""
-        self._put(Entry(kind, str(self._run), step, data, self._fence, self._door), self._own)
+    def append(self, kind: str, step: str | None, data: Document, *, once: str = "") -> None:
+        """Add a record of the run that this process holds; it is durable on return. Raises LockLost.
+
+        once: what the record is known by, for one of which the first of several processes has the word.
+        """
+        self._put(Entry(kind, str(self._run), step, data, self._fence, self._door, once or new_id()), self._own)
 
     def record(self, kind: str, run: str, step: str | None, data: Document, *, door: str = "runbook") -> None:
         """Add a record of a run, or of none yet, without its lock: approvals, notifications, acknowledgements."""
