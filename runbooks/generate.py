@@ -319,7 +319,7 @@ def _steps(runbook: Definition) -> str:
             "a gate: it opens the way or refuses, without a change" if step.gate else "",
             "waits for an approval" if step.approval else "",
             "takes itself and the steps before it back when it fails" if step.on_failure == "undo" else "",
-            f"{step.slices} jobs in AWX" if step.slices > 1 else "",
+            f"in AWX {step.slices} jobs, each with its share of the hosts" if step.slices > 1 else "",
         ]
         title = step.title + "".join(f"; {note}" for note in notes if note)
         touches = ", ".join(step.touches) or "nothing"
