@@ -118,7 +118,7 @@ def playbook(runbook: Definition, directory: Path) -> str:
         "# The callback censuschat.infra.runbook_journal makes it a run: lock, windows, approvals and journal.\n"
     )
     if any(step.before or step.after for step in runbook.steps):
-        head += "# Gates judge what the steps before them did, which is nothing in check mode: there they are left out.\n"
+        head += "# Gates judge what the steps before them did, nothing in check mode: there they are left out.\n"
     return head + "\n".join(dump([play]) for play in plays)
 
 
