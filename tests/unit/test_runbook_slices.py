@@ -84,15 +84,7 @@ def job(place: Place, number: int, step: str, hosts: str, *, workflow: int, of: 
         extra["runbook_awx"] = {"runbook": "hew", "part": "step", "step": step, "slices": of}
     program = str(Path(sys.executable).with_name("ansible-playbook"))
     words = ["-i", str(place.directory / hosts), "-e", json.dumps(extra), "--tags", step]
-    return subprocess.Popen(
-        [program, *words, str(place.directory / "playbooks/runbooks/hew.yml")],
-        cwd=ROOT,
-        env=place.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    return place.begin(program, *words, str(place.directory / "playbooks/runbooks/hew.yml"))
 
 
 def sliced(place: Place, *numbers: int, workflow: int = 71) -> list[subprocess.Popen[str]]:
