@@ -84,7 +84,7 @@ def play(verb: str, inventory: Path, held: int | None = None, **variables: str |
 
 
 def up(arguments: argparse.Namespace) -> int:
-    inventory = INVENTORIES[arguments.profile]
+    inventory = Path(arguments.inventory).resolve() if arguments.inventory else INVENTORIES[arguments.profile]
     lab = read(inventory)
     there = recorded() if os.geteuid() == 0 else None
     refuse_another(there, inventory)
@@ -92,7 +92,8 @@ def up(arguments: argparse.Namespace) -> int:
     found = machine.problems(machine.observe(lab), lab, resuming=there is not None)
     if found:
         raise Refusal(" ".join(found))
-    prepare_programs()
+    if any(node.kubernetes for node in lab.nodes):
+        prepare_programs()
     with alone() as held:
         # Another `up` may have begun while the programs were made.
         refuse_another(recorded(), inventory)
