@@ -44,9 +44,7 @@ def parser() -> argparse.ArgumentParser:
         ("ha", "three control planes behind a balancer in the primary region"),
     ):
         profile.add_argument(f"--{name}", dest="profile", action="store_const", const=name, default="", help=help_text)
-    profile.add_argument(
-        "--inventory", metavar="DIR", help="the nodes of another inventory, instead of the two regions"
-    )
+    profile.add_argument("--inventory", metavar="DIR", help="other nodes instead: those of this inventory")
     status = verb("status", "show nodes, services and cuts", "lab.verbs:status")
     status.add_argument("--json", action="store_true", help="the same for programs")
     down = verb("down", "remove all that the lab made, wherever it was interrupted", "lab.verbs:down")

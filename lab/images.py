@@ -365,15 +365,8 @@ def build_base(recipe: Recipe, target: Path, log: Path) -> bool:
                     raise ImageError(f"{what} failed (exit {done.returncode}): {tail}; all of it is in {log}")
 
             include = f"--include={','.join(BASE_PACKAGES)}"
-            step(
-                "debootstrap",
-                "debootstrap",
-                "--variant=minbase",
-                include,
-                recipe.suite,
-                str(work),
-                f"{recipe.cache}/debian",
-            )
+            archive = f"{recipe.cache}/debian"
+            step("debootstrap", "debootstrap", "--variant=minbase", include, recipe.suite, str(work), archive)
             for path, (mode, text) in recipe.base_files().items():
                 file = work / path
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -403,8 +396,7 @@ def missing(recipe: Recipe, present: Iterable[str], roles: Sequence[str]) -> lis
 
 def superseded(recipe: Recipe, present: Iterable[str], used: Iterable[str]) -> list[str]:
     """Images of older recipes that no container uses any more; roles before their base."""
-    keep = {replace(recipe, suite=suite).image(role) for suite in SUITES for role in ("base", *ROLE_PACKAGES)} | set(
-        used
-    )
+    recipes = [replace(recipe, suite=suite) for suite in SUITES]
+    keep = {each.image(role) for each in recipes for role in ("base", *ROLE_PACKAGES)} | set(used)
     old = [image for image in present if image not in keep]
     return sorted(old, key=lambda image: (image.startswith(f"{IMAGES}/base:"), image))

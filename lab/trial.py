@@ -109,7 +109,8 @@ def lab(*arguments: str) -> None:
     In a session of its own: an interrupt from the keyboard is ours to answer, and must not stop a removal half-way.
     """
     command = (sys.executable, "-m", "lab", *arguments)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(
         command, cwd=REPO, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True
     ) as process:

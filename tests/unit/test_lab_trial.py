@@ -98,7 +98,7 @@ def test_the_first_base_of_a_release_leaves_the_others_tar(tmp_path: Path, monke
             Path(command[command.index("-cf") + 1]).touch()
         return type("Done", (), {"returncode": 0})()
 
-    monkeypatch.setattr(images.subprocess, "run", packed)
+    monkeypatch.setattr("lab.images.subprocess.run", packed)
     assert images.build_base(LATER, tmp_path / LATER.tar(), tmp_path / "log")
     assert sorted(p.name for p in tmp_path.glob("*.tar")) == sorted([RECIPE.tar(), LATER.tar()])
 
