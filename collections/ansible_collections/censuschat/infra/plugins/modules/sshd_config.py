@@ -37,6 +37,14 @@ options:
     description: Seconds after which the node undoes a change that nobody proved, at least 20.
     type: int
     default: 60
+  in_main:
+    description:
+      - Have the settings stand at the top of C(/etc/ssh/sshd_config) too, for programs that judge that file alone. Other
+        global lines of the same keywords there are commented out. Keywords that add up when they are repeated
+        (Port, HostKey ...) and those that say who may log in stay in the drop-in only.
+      - A block that is there from an earlier run is always kept up.
+    type: bool
+    default: false
   provable:
     description:
       - Set by the action plugin. Whether it can open a new connection as proof. A run that came in by ssh and cannot is
@@ -50,6 +58,10 @@ options:
     type: str
     choices: [apply, confirm, revert]
     default: apply
+  run:
+    description: Set by M(censuschat.infra.node_harden). The run whose journal keeps what this change replaces.
+    type: str
+    default: ""
   token:
     description: Set by the action plugin. Names the change that V(confirm) and V(revert) end.
     type: str
@@ -58,6 +70,7 @@ requirements:
   - Debian 12 or newer with systemd and openssh-server
 notes:
   - Needs root on the node (C(become)).
+  - Where C(ssh.socket) listens its ports are changed with those of the settings, under the same proof.
   - A changed port is taken when the old one stays beside it; without the present port the change is refused.
   - A run that did not come in by ssh (C(podman), C(local)) has no login to prove; its change is kept when sshd comes
     back from its reload.
@@ -81,7 +94,7 @@ actions:
   elements: dict
   contains:
     kind:
-      description: V(sshd_file) or V(sshd_reload).
+      description: V(sshd_file), V(sshd_socket) or V(sshd_reload).
       type: str
     target:
       description: The file or unit.
@@ -108,6 +121,7 @@ from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_host, sshd_plan
+from ansible_collections.censuschat.infra.plugins.module_utils.node.keep import Keeper
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
 
@@ -119,13 +133,14 @@ def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
         raise NodeError("revert_after under 20 s leaves no time for the proof")
     sshd_host.settle(commands, check=module.check_mode)
     observed = sshd_host.observe(commands)
-    actions = sshd_plan.plan(settings, observed)
+    actions = sshd_plan.plan(settings, observed, in_main=module.params["in_main"])
     sshd_host.prove_candidate(settings, actions, module.params["provable"], commands)
     result = {"changed": bool(actions), "actions": [a.public() for a in actions], "diff": diff_of(actions)}
     if sshd_host.last_revert():
         result["last_revert"] = sshd_host.last_revert()
     if actions and not module.check_mode:
-        result["token"] = sshd_host.apply(actions, observed, module.params["revert_after"], commands)
+        keep = Keeper(module.params["run"]) if module.params["run"] else None
+        result["token"] = sshd_host.apply(actions, observed, module.params["revert_after"], commands, keep)
     return result
 
 
@@ -134,8 +149,10 @@ def main() -> None:
         argument_spec={
             "settings": {"type": "dict", "required": True},
             "revert_after": {"type": "int", "default": 60},
+            "in_main": {"type": "bool", "default": False},
             "provable": {"type": "bool", "default": False},
             "phase": {"type": "str", "choices": ["apply", "confirm", "revert"], "default": "apply"},
+            "run": {"type": "str", "default": ""},
             "token": {"type": "str", "default": "", "no_log": False},
         },
         supports_check_mode=True,

@@ -17,6 +17,12 @@ DROP_IN_DIRECTORY = "/etc/ssh/sshd_config.d"
 DROP_IN = f"{DROP_IN_DIRECTORY}/00-censuschat.conf"
 INCLUDE = f"Include {DROP_IN_DIRECTORY}/*.conf"
 HEADER = "# Managed by censuschat.infra.sshd_config; local changes are overwritten.\n"
+# The same settings at the top of the main file, for programs that judge an sshd by that file alone.
+BLOCK_BEGIN = "# BEGIN censuschat.infra.sshd_config"
+BLOCK_END = "# END censuschat.infra.sshd_config"
+_ASLEEP = "# censuschat.infra.sshd_config: "
+# Where sshd is started by its socket, systemd listens, not sshd: its ports are the socket's.
+SOCKET_DROP_IN = "/etc/systemd/system/ssh.socket.d/00-censuschat.conf"
 
 _REPEATED = {"port", "listenaddress", "hostkey", "acceptenv", "setenv", "permitlisten", "permitopen", "subsystem"}
 _COMMAS = {
@@ -29,6 +35,8 @@ _COMMAS = {
     "pubkeyacceptedalgorithms",
 }
 _STRUCTURE = {"match", "include"}
+# Who may log in stands in one file only, so that nobody has to look in two.
+_WHO = {"allowusers", "allowgroups", "denyusers", "denygroups"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,7 @@ class SshdObserved:
     service: UnitState
     socket: UnitState
     newest: PathState
+    socket_drop_in: PathState = dataclasses.field(default_factory=lambda: PathState(SOCKET_DROP_IN))
 
     @property
     def by_socket(self) -> bool:
@@ -107,17 +116,77 @@ def includes_drop_ins(main_text: str) -> bool:
     return False
 
 
-def plan(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
-    """What to write, and whether the running sshd has to read its configuration again."""
+def without_block(text: str) -> str:
+    """The main file's text without our block, and with the lines that it had put to sleep awake again."""
+    kept = []
+    inside = False
+    for line in text.splitlines(keepends=True):
+        if line.startswith((BLOCK_BEGIN, BLOCK_END)):
+            inside = line.startswith(BLOCK_BEGIN)
+        elif not inside:
+            kept.append(line.removeprefix(_ASLEEP))
+    return "".join(kept)
+
+
+def with_block(text: str, settings: Mapping[str, Any]) -> str:
+    """The main file's text with `settings` in a block at its top; other global lines of the same keywords sleep.
+
+    Keywords that add up when they are repeated, and those that say who may log in, stay in the drop-in only.
+    """
+    chosen = {k: v for k, v in settings.items() if k.lower() not in _REPEATED | _WHO}
+    rest = []
+    everyone = True
+    for line in without_block(text).splitlines(keepends=True):
+        word = line.split()[0].lower() if line.split() else ""
+        everyone = everyone and word != "match"
+        rest.append(f"{_ASLEEP}{line}" if everyone and word in {key.lower() for key in chosen} else line)
+    lines = [f"{line}\n" for key in sorted(chosen, key=str.lower) for line in lines_of(key, chosen[key])]
+    block = f"{BLOCK_BEGIN}\n{''.join(lines)}{BLOCK_END}\n" if lines else ""
+    return block + "".join(rest)
+
+
+def socket_text(settings: Mapping[str, Any]) -> str:
+    """The drop-in of ssh.socket for the ports and addresses of `settings`; "" when they speak of none."""
+    lowered = {key.lower(): value for key, value in settings.items()}
+    ports = _many(lowered.get("port", 22))
+    addresses = _many(lowered.get("listenaddress", []))
+    if not addresses and "port" not in lowered:
+        return ""
+    entries = []
+    for address in addresses:
+        # An address that names its own port keeps it; an IPv6 address has colons without naming one.
+        own = re.fullmatch(r"(\[[^]]+\]|[^:]+):[0-9]+", address)
+        bare = f"[{address}]" if ":" in address and not address.startswith("[") else address
+        entries += [address] if own else [f"{bare}:{port}" for port in ports]
+    lines = [f"ListenStream={entry}\n" for entry in (entries or ports)]
+    return f"{HEADER}[Socket]\nListenStream=\n{''.join(lines)}"
+
+
+def _many(value: Any) -> list[str]:
+    return [value_text(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def plan(settings: Mapping[str, Any], observed: SshdObserved, *, in_main: bool = False) -> list[Action]:
+    """What to write, and whether the running sshd has to read its configuration again.
+
+    `in_main` has the settings stand at the top of the main file too; a block that is there is always kept up.
+    """
     actions = []
     wanted = render(settings)
     if observed.drop_in.content != wanted:
         actions.append(Action("sshd_file", DROP_IN, "content", wanted, shown(observed.drop_in.content), wanted))
     main = observed.main.content or ""
-    if not includes_drop_ins(main):
-        actions.append(
-            Action("sshd_file", MAIN, "read the drop-ins first", f"{INCLUDE}\n{main}", main, f"{INCLUDE}\n{main}")
-        )
+    after = without_block(main)
+    detail = "read the drop-ins first"
+    if not includes_drop_ins(after):
+        after = f"{INCLUDE}\n{after}"
+    elif in_main or BLOCK_BEGIN in main:
+        detail = "the settings at its top"
+    if in_main or BLOCK_BEGIN in main:
+        after = with_block(after, settings)
+    if after != main:
+        actions.append(Action("sshd_file", MAIN, detail, after, shown(main), shown(after)))
+    actions += _plan_socket(settings, observed)
     if observed.service.running:
         if actions:
             actions.append(Action("sshd_reload", "ssh.service", "its configuration changes"))
@@ -128,10 +197,29 @@ def plan(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
     return actions
 
 
-def stale_keys(settings: Mapping[str, Any], observed: SshdObserved) -> list[str]:
-    """The settings that the present drop-in does not hold as wanted."""
+def _plan_socket(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
+    wanted = socket_text(settings)
+    now = observed.socket_drop_in.content or ""
+    if not observed.socket.running or wanted == now:
+        return []
+    payload = wanted or None
+    return [
+        Action("sshd_file", SOCKET_DROP_IN, "its ports", payload, shown(now), wanted or "absent\n"),
+        Action("sshd_socket", "ssh.socket", "listens elsewhere"),
+    ]
+
+
+def stale_keys(settings: Mapping[str, Any], observed: SshdObserved, *, in_main: bool = False) -> list[str]:
+    """The settings that the present drop-in, or our block in the main file, does not hold as wanted."""
     now = (observed.drop_in.content or "").splitlines()
-    return [key for key, value in settings.items() if any(line not in now for line in lines_of(key, value))]
+    main = observed.main.content or ""
+    block = main[: main.find(BLOCK_END)].splitlines() if BLOCK_BEGIN in main else []
+    found = []
+    for key, value in settings.items():
+        alone = key.lower() in _REPEATED | _WHO or not (in_main or block)
+        if any(line not in now or not (alone or line in block) for line in lines_of(key, value)):
+            found.append(key)
+    return found
 
 
 def parse_effective(text: str) -> dict[str, list[str]]:
