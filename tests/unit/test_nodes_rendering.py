@@ -1,0 +1,245 @@
+"""What the roles of the nodes outside the clusters write, as Ansible renders it: structure, limits and refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleError
+
+from tests.unit.test_kubernetes_rendering import rendered, valued
+
+SITE: dict[str, Any] = {
+    "name": "civicq",
+    "names": ["civicq.example.com", "www.civicq.example.com"],
+    "certificate": "/etc/censuschat/edge/civicq.crt",
+    "certificate_key": "/etc/censuschat/edge/civicq.key",
+    "locations": [
+        {"path": "/", "root": "/srv/civicq", "fallback": "/index.html", "expires": "1h"},
+        {"path": "/api/", "upstream": "api", "cache_minutes": 5, "hide_errors": True},
+        {"path": "/ws/", "upstream": "api", "websocket": True, "rate": ""},
+        {"path": "= /api/login", "upstream": "tls", "rate": "login", "burst": 3},
+    ],
+}
+EDGE: dict[str, Any] = {
+    "ansible_managed": "managed",
+    "nginx_edge_resolvers": ["10.0.0.2"],
+    "nginx_edge_sites": [SITE],
+    "nginx_edge_upstreams": {
+        "api": {"servers": ["10.0.10.11:8000", "10.0.11.11:8000"], "sticky": True},
+        "tls": {"servers": ["10.0.10.12:8443"], "tls": {"ca": "/etc/ca.crt", "name": "backend"}},
+    },
+}
+Block = list[tuple[list[str], Any]]
+
+
+def nginx(text: str) -> Block:
+    """An nginx configuration as (words, block or None) entries; AssertionError where braces or ends are missing."""
+    words: list[str] = []
+    stack: list[Block] = [[]]
+    word, quote = "", ""
+    comment = False
+    for character in text:
+        if comment:
+            comment = character != "\n"
+        elif quote:
+            word += character
+            if character == quote and not word.endswith(f"\\{quote}"):
+                quote = ""
+        elif character in "\"'" and not word:
+            quote = word = character
+        elif character == "#" and not word:
+            comment = True
+        elif character in "{};" and not (character == "{" and word.endswith("$")):
+            words += [word] if word else []
+            word = ""
+            if character == ";":
+                assert words, "an empty directive"
+                stack[-1].append((words, None))
+            elif character == "{":
+                block: Block = []
+                stack[-1].append((words, block))
+                stack.append(block)
+            else:
+                assert not words, f"{words} has no end"
+                stack.pop()
+            words = []
+        elif character.isspace():
+            words += [word] if word else []
+            word = ""
+        else:
+            word += character
+    assert len(stack) == 1
+    assert not words
+    return stack[0]
+
+
+def blocks(block: Block, *names: str) -> list[Block]:
+    """The blocks reached through `names`, each the first words of a directive."""
+    found = [block]
+    for name in names:
+        found = [inner for b in found for words, inner in b if inner is not None and " ".join(words) == name]
+    return found
+
+
+def values(block: Block, name: str) -> list[str]:
+    return [" ".join(words[1:]) for words, inner in block if words[0] == name and inner is None]
+
+
+def edge(**given: Any) -> Block:
+    return nginx(rendered("nginx_edge", "nginx.conf.j2", **(EDGE | given)))
+
+
+def site(**given: Any) -> Block:
+    """The site's server with TLS."""
+    servers = blocks(edge(**given), "http", "server")
+    return next(s for s in servers if values(s, "ssl_certificate"))
+
+
+def test_edge_holds_the_specified_limits() -> None:
+    whole = edge()
+    assert values(blocks(whole, "events")[0], "worker_connections") == ["4096"]
+    assert int(values(whole, "worker_rlimit_nofile")[0]) > 2 * 4096
+    http = blocks(whole, "http")[0]
+    assert values(http, "ssl_protocols") == ["TLSv1.2 TLSv1.3"]
+    assert values(http, "ssl_stapling") == ["on"]
+    assert values(http, "server_tokens") == ["off"]
+    assert values(http, "limit_req_zone") == [
+        "$binary_remote_addr zone=rate_general:10m rate=20r/s",
+        "$binary_remote_addr zone=rate_login:10m rate=10r/m",
+    ]
+    assert values(http, "gzip") == ["on"]
+    # A network of proxies is believed only when it is named.
+    assert values(http, "set_real_ip_from") == []
+
+
+def test_strangers_get_no_handshake_and_sites_no_clear_text() -> None:
+    servers = blocks(edge(), "http", "server")
+    default = [s for s in servers if any("default_server" in v for v in values(s, "listen"))]
+    assert [values(s, "ssl_reject_handshake") for s in default] == [[], ["on"]]
+    clear = next(s for s in servers if values(s, "listen") == ["80"])
+    assert values(blocks(clear, "location /")[0], "return") == ["308 https://$host$request_uri"]
+    assert len(blocks(clear)[0]) == 3
+
+
+def test_site_has_its_certificate_and_every_header() -> None:
+    server = site()
+    assert values(server, "ssl_certificate") == ["/etc/censuschat/edge/civicq.crt"]
+    headers = dict(value.split(" ", 1) for value in values(server, "add_header"))
+    assert set(headers) == {"X-Request-ID", *valued("nginx_edge", "nginx_edge_headers")}
+    assert all(text.endswith(" always") for text in headers.values())
+    # A header in a location would take all those of its site away.
+    assert not any(values(b, "add_header") for _words, b in server if b is not None)
+
+
+def test_headers_of_a_site_win() -> None:
+    own = {**SITE, "headers": {"Content-Security-Policy": "default-src 'none'"}}
+    headers = dict(value.split(" ", 1) for value in values(site(nginx_edge_sites=[own]), "add_header"))
+    assert headers["Content-Security-Policy"] == "\"default-src 'none'\" always"
+
+
+def test_websockets_pass_where_they_are_wanted_only() -> None:
+    server = site()
+    socket, api = blocks(server, "location /ws/")[0], blocks(server, "location /api/")[0]
+    assert "Upgrade $http_upgrade" in values(socket, "proxy_set_header")
+    assert values(socket, "proxy_read_timeout") == ["3600s"]
+    assert values(socket, "limit_req") == []
+    assert not any(value.startswith("Upgrade") for value in values(api, "proxy_set_header"))
+    assert values(api, "proxy_read_timeout") == ["60s"]
+    assert values(api, "limit_req") == ["zone=rate_general burst=40 nodelay"]
+    assert values(api, "proxy_cache_valid") == ["200 301 302 5m"]
+    assert values(api, "error_page") == ["500 502 503 504 =503 @unavailable"]
+    assert len(blocks(server, "location @unavailable")) == 1
+
+
+def test_upstream_by_tls_is_verified() -> None:
+    login = blocks(site(), "location = /api/login")[0]
+    assert values(login, "proxy_pass") == ["https://tls"]
+    assert values(login, "proxy_ssl_verify") == ["on"]
+    assert values(login, "proxy_ssl_name") == ["backend"]
+    assert values(login, "limit_req") == ["zone=rate_login burst=3 nodelay"]
+
+
+@pytest.mark.parametrize(("proxies", "said"), [([], "$remote_addr"), (["10.0.0.0/16"], "$proxy_add_x_forwarded_for")])
+def test_client_is_what_trusted_proxies_say(proxies: list[str], said: str) -> None:
+    api = blocks(site(nginx_edge_trusted_proxies=proxies), "location /api/")[0]
+    assert f"X-Forwarded-For {said}" in values(api, "proxy_set_header")
+
+
+def test_newer_nginx_gets_http2_as_a_directive() -> None:
+    server = site(nginx_edge_http2_directive=True)
+    assert values(server, "http2") == ["on"]
+    assert values(server, "listen") == ["443 ssl"]
+
+
+def test_edge_without_a_site_listens_on_no_tls_port() -> None:
+    servers = blocks(edge(nginx_edge_sites=[], nginx_edge_resolvers=[]), "http", "server")
+    assert [values(s, "listen") for s in servers] == [["80 default_server"], ["127.0.0.1:8089"]]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"nginx_edge_resolvers": []}, "OCSP stapling needs nginx_edge_resolvers"),
+        ({"nginx_edge_sites": [{**SITE, "names": ["a;b"]}]}, "would end the directive"),
+        (
+            {"nginx_edge_sites": [{**SITE, "locations": [{"path": "/", "upstream": "nobody"}]}]},
+            "needs a root, or an upstream that is in nginx_edge_upstreams",
+        ),
+        (
+            {"nginx_edge_sites": [{**SITE, "locations": [{"path": "/", "root": "/srv", "rate": "none"}]}]},
+            "wants the rate none, which nginx_edge_rates does not have",
+        ),
+    ],
+)
+def test_edge_that_cannot_be_is_refused_on_the_controller(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(AnsibleError, match=sentence):
+        edge(**given)
+
+
+def test_edge_listens_on_both_kinds_of_addresses_when_told() -> None:
+    assert values(site(nginx_edge_ipv6=True), "listen") == ["443 ssl http2", "[::]:443 ssl http2"]
+
+
+MASTER = """
+import os, signal, sys, time
+def worker():
+    if os.fork() == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        time.sleep(30)
+        os._exit(0)
+signal.signal(signal.SIGHUP, lambda *_: worker() if sys.argv[1] == "takes" else None)
+worker()
+print(os.getpid(), flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(("behaviour", "code"), [("takes", 0), ("keeps", 1)])
+def test_reload_fails_when_nginx_keeps_its_old_workers(tmp_path: Path, behaviour: str, code: int) -> None:
+    script = rendered("nginx_edge", "nginx-reload.sh.j2", ansible_managed="managed")
+    for old, new in (
+        ("/usr/sbin/nginx -t -q", "true"),
+        ("/run/nginx.pid", f"{tmp_path}/pid"),
+        ("/var/log/nginx", str(tmp_path)),
+        ("-lt 100", "-lt 5"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    (tmp_path / "error.log").write_text("bind() failed\n")
+    argv = [sys.executable, "-c", MASTER, behaviour]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True) as master:
+        try:
+            assert master.stdout is not None
+            (tmp_path / "pid").write_text(master.stdout.readline())
+            done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=20)
+        finally:
+            os.killpg(master.pid, signal.SIGKILL)
+    assert done.returncode == code, done.stderr
+    assert ("bind() failed" in done.stderr) is bool(code)
