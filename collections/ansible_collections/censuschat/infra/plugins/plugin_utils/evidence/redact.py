@@ -1,0 +1,60 @@
+# GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
+"""What of a node's words may be written down: no secrets, nothing that a terminal or a browser would act on.
+
+The modules redact what they know to be secret. This is the second line, for file content in details and for what
+somebody put where it does not belong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+HIDDEN = "********"
+SHORTEST = 4
+"""Characters of the shortest secret value that is looked for; shorter ones would be found in every text."""
+LONGEST = 2000
+"""Characters of a text that are kept."""
+
+_KEY = r"[\w.\-]*(?:passw|passphrase|secret|token|private[_-]?key|api[_-]?key|access[_-]?key|credential)[\w.\-]*"
+_PAIR = re.compile(rf"(?i)(?P<key>[\"']?{_KEY}[\"']?\s*[:=]\s*)(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;}}\]]+)")
+_PEM = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+_URL = re.compile(r"(?P<before>\b[a-z][a-z0-9+.\-]*://[^\s:/@]*:)[^\s@/]+(?P<after>@)")
+_ALONE = re.compile(
+    r"\$(?:1|2[abxy]?|5|6|7|y|gy|argon2id?|sha1)\$[./A-Za-z0-9$=,+\-]{8,}"  # crypt(5), as in /etc/shadow
+    r"|grub\.pbkdf2\.[\w.]+"
+    r"|\bAKIA[0-9A-Z]{16}\b"  # AWS
+    r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+"  # a JSON web token
+    r"|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bxox[abprs]-[\w-]{10,}"
+)
+_HEADER = re.compile(r"(?i)(?P<before>\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/\-]{12,}=*")
+# Words that stand behind such a name as a setting and hide nothing: PasswordAuthentication: no.
+_SETTINGS = frozenset(
+    "null none true false yes no on off required sufficient optional requisite prohibit-password without-password "
+    "forced-commands-only { [ | >".split()
+)
+# C0 and C1 controls, and the marks that turn the direction of text around: a page or a terminal would obey them.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def redact(text: str, secrets: Collection[str] = ()) -> str:
+    """The text without the given values, and without what looks like a secret or stands behind the name of one."""
+    for secret in sorted((s for s in secrets if len(s) >= SHORTEST), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    text = _PEM.sub(HIDDEN, text)
+    text = _URL.sub(rf"\g<before>{HIDDEN}\g<after>", text)
+    text = _ALONE.sub(HIDDEN, text)
+    text = _HEADER.sub(rf"\g<before>{HIDDEN}", text)
+    return _PAIR.sub(lambda m: m["key"] + (m["value"] if _harmless(m["value"]) else HIDDEN), text)
+
+
+def cleaned(value: object, secrets: Collection[str] = (), longest: int = LONGEST) -> str:
+    """A value as text that may be shown anywhere: redacted, without control characters, at most `longest` long."""
+    text = redact("" if value is None else str(value).replace("\r\n", "\n"), secrets)
+    text = _CONTROLS.sub("\ufffd", text).strip()
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _harmless(value: str) -> bool:
+    plain = value.strip("\"'").lower()
+    return plain in _SETTINGS or plain.isdigit() or not plain
