@@ -30,17 +30,39 @@ options:
       - Keywords of sshd_config(5) with their values. Booleans become V(yes) and V(no). A list is repeated (Port,
         ListenAddress, HostKey), joined by commas (Ciphers, MACs, KexAlgorithms) or by spaces (AllowUsers), as the
         keyword needs it.
-      - It is the whole content of the drop-in. C(Match) and C(Include) are refused.
+      - It is the whole content of the drop-in, O(matches) apart. C(Match) and C(Include) are refused here.
     type: dict
-    required: true
+    default: {}
+  matches:
+    description:
+      - Settings for some connections only, in their order. For a connection the first value of a keyword that a block
+        gives counts, and it counts more than a global one.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      criteria:
+        description: Which connections, as C(Match) takes it, as in C(Group jumpers). C(all) is refused.
+        type: str
+        required: true
+      settings:
+        description: Keywords as in O(settings).
+        type: dict
+        required: true
+  name:
+    description:
+      - A drop-in of its own beside the nameless one, for a role that adds its part. Ports, addresses and O(in_main)
+        belong to the nameless one.
+    type: str
+    default: ""
   revert_after:
     description: Seconds after which the node undoes a change that nobody proved, at least 20.
     type: int
     default: 60
   in_main:
     description:
-      - Have the settings stand at the top of C(/etc/ssh/sshd_config) too, for programs that judge that file alone. Other
-        global lines of the same keywords there are commented out. Keywords that add up when they are repeated
+      - Have the settings stand at the top of C(/etc/ssh/sshd_config) too, for programs that judge that file alone.
+        Other global lines of the same keywords there are commented out. Keywords that add up when they are repeated
         (Port, HostKey ...) and those that say who may log in stay in the drop-in only.
       - A block that is there from an earlier run is always kept up.
     type: bool
@@ -83,6 +105,17 @@ EXAMPLES = r"""
       PasswordAuthentication: false
       PermitRootLogin: false
       AllowGroups: [ops]
+  become: true
+
+- name: Let the jumpers through, and nothing else
+  censuschat.infra.sshd_config:
+    name: bastion
+    matches:
+      - criteria: Group jumpers
+        settings:
+          DisableForwarding: false
+          AllowTcpForwarding: local
+          MaxSessions: 0
   become: true
 """
 
@@ -129,12 +162,15 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
     """The first phase; returns the module's result."""
     settings = module.params["settings"]
+    matches = [sshd_plan.Match(m["criteria"], m["settings"]) for m in module.params["matches"]]
+    drop_in = sshd_plan.drop_in_of(module.params["name"])
     if module.params["revert_after"] < 20:
         raise NodeError("revert_after under 20 s leaves no time for the proof")
     sshd_host.settle(commands, check=module.check_mode)
-    observed = sshd_host.observe(commands)
-    actions = sshd_plan.plan(settings, observed, in_main=module.params["in_main"])
-    sshd_host.prove_candidate(settings, actions, module.params["provable"], commands)
+    observed = sshd_host.observe(commands, drop_in=drop_in)
+    actions = sshd_plan.plan(settings, observed, in_main=module.params["in_main"], matches=matches)
+    provable = module.params["provable"]
+    sshd_host.prove_candidate(settings, actions, provable, commands, matches=matches, drop_in=drop_in)
     result = {"changed": bool(actions), "actions": [a.public() for a in actions], "diff": diff_of(actions)}
     if sshd_host.last_revert():
         result["last_revert"] = sshd_host.last_revert()
@@ -147,7 +183,17 @@ def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "settings": {"type": "dict", "required": True},
+            "settings": {"type": "dict", "default": {}},
+            "matches": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "criteria": {"type": "str", "required": True},
+                    "settings": {"type": "dict", "required": True},
+                },
+            },
+            "name": {"type": "str", "default": ""},
             "revert_after": {"type": "int", "default": 60},
             "in_main": {"type": "bool", "default": False},
             "provable": {"type": "bool", "default": False},

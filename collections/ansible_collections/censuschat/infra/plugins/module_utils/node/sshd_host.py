@@ -27,6 +27,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.sshd_plan im
     MAIN,
     SOCKET_DROP_IN,
     Login,
+    Match,
     SshdObserved,
 )
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_host import observe_units
@@ -61,7 +62,7 @@ ExecStart=/bin/sh {REVERT}
 RELOAD_WAIT_S = 10.0
 
 
-def observe(commands: Commands, units: Mapping[str, UnitState] | None = None) -> SshdObserved:
+def observe(commands: Commands, units: Mapping[str, UnitState] | None = None, drop_in: str = DROP_IN) -> SshdObserved:
     """Configuration files and the running state of sshd; `units` when systemd was already asked for UNITS."""
     if shutil.which("sshd", path="/usr/sbin:/usr/local/sbin") is None:
         raise NodeError("sshd is not installed: there is nothing to configure; install openssh-server or leave it out")
@@ -69,7 +70,7 @@ def observe(commands: Commands, units: Mapping[str, UnitState] | None = None) ->
     newest = max((observe_path(p) for p in paths), key=lambda state: state.ctime)
     units = observe_units(UNITS, commands) if units is None else units
     return SshdObserved(
-        drop_in=observe_path(DROP_IN, read=True),
+        drop_in=observe_path(drop_in, read=True),
         main=observe_path(MAIN, read=True),
         service=units["ssh.service"],
         socket=units["ssh.socket"],
@@ -150,7 +151,13 @@ def effective_of(config: str, login: Login | None, commands: Commands) -> dict[s
 
 
 def prove_candidate(
-    settings: Mapping[str, Any] | None, actions: Sequence[Action], provable: bool, commands: Commands
+    settings: Mapping[str, Any] | None,
+    actions: Sequence[Action],
+    provable: bool,
+    commands: Commands,
+    *,
+    matches: Sequence[Match] = (),
+    drop_in: str = DROP_IN,
 ) -> None:
     """Have sshd read the configuration as it would be, before anything is written.
 
@@ -173,9 +180,9 @@ def prove_candidate(
         for path in glob.glob(f"{DROP_IN_DIRECTORY}/*.conf"):
             shutil.copy(path, drop_ins)
         main = observe_path(MAIN, read=True).content or ""
-        mine = sshd_plan.render(settings) if settings is not None else ""
+        mine = sshd_plan.render(settings, matches) if settings is not None else ""
         if settings is not None:
-            _candidate(drop_ins, DROP_IN, mine)
+            _candidate(drop_ins, drop_in, mine)
         for action in actions:
             if action.kind == "sshd_file" and action.target == MAIN:
                 main = action.payload or ""
