@@ -14,11 +14,11 @@ kept connections, the same forks) and none of the user's. The second run follows
 Ours is the role censuschat.infra.hardening with --profile. The peer is os_hardening and ssh_hardening with their
 defaults, except for what a container refuses: auditd, and kernel values other than net.* (the kernel is the machine's).
 
-The score is taken on nodes of the smallest count: one as it came, the first of each side after its second run. OpenSCAP
-and Lynis come from Debian 12, the Debian 12 datastream from ssg-debian of Debian 13 (Debian 12's own has none), all by
-apt through the lab's package cache: from the mirror of the machine's own apt, so nothing but that mirror is needed.
-Where it has no Debian 13, name the datastream with --content. The scanners take a node for a host, as they should here,
-once /run/.containerenv is unmounted.
+The score is taken on nodes of the smallest count: one as it came, the first of each side after its second run.
+OpenSCAP and Lynis come from Debian 12, the Debian 12 datastream from ssg-debian of Debian's testing or unstable
+(0.1.82; those of Debian 12 and 13 have no CIS profiles), all by apt through the lab's package cache: from the mirror
+of the machine's own apt, so nothing but that mirror is needed. Where it has Debian 12 only, name the datastream with
+--content. The scanners take a node for a host, as they should here, once /run/.containerenv is unmounted.
 
 Exit codes: 0 all targets met; 1 a run failed or a target was missed; 2 bad input or a missing part, nothing touched.
 """
@@ -91,15 +91,21 @@ mkdir -p {place}/lists/partial
 cd {place}
 apt-get -qq update
 apt-get -qq install -y --no-install-recommends openscap-scanner lynis >/dev/null
-if [ ! -s content.xml ]; then
-  sed -n 's/ bookworm main/ trixie main/p' /etc/apt/sources.list | head -n 1 > later.list
+for suite in {suites}; do
+  if [ -s content.xml ]; then break; fi
+  sed -n "s/ bookworm main/ $suite main/p" /etc/apt/sources.list | head -n 1 > later.list
   later="-o Dir::Etc::SourceList={place}/later.list -o Dir::Etc::SourceParts=/dev/null"
   later="$later -o Dir::State::Lists={place}/lists"
-  apt-get -qq $later update
-  apt-get -qq $later download ssg-debian
+  rm -rf content ssg-debian_*.deb
+  apt-get -qq $later update && apt-get -qq $later download ssg-debian || continue
   dpkg-deb -x ssg-debian_*.deb content
-  mv content/usr/share/xml/scap/ssg/content/ssg-debian12-ds.xml content.xml
-fi
+  if grep -q {wanted} content/usr/share/xml/scap/ssg/content/ssg-debian12-ds.xml; then
+    mv content/usr/share/xml/scap/ssg/content/ssg-debian12-ds.xml content.xml
+    dpkg-deb -f ssg-debian_*.deb Version > content.version
+  fi
+done
+[ -s content.xml ] || {{ echo "no ssg-debian of {suites} has the profile {wanted}" >&2; exit 1; }}
+cat content.version 2>/dev/null || echo "{given}"
 """
 # Exit code 2 of oscap: rules fail. 1: it broke.
 OSCAP = r"""cd {place}
@@ -112,6 +118,16 @@ rm -f lynis.dat
 lynis audit system --quick --quiet --no-colors --logfile {place}/lynis.log --report-file {place}/lynis.dat >/dev/null
 cat lynis.dat
 """
+
+
+SUITES = ("forky", "sid")
+"""Where ssg-debian with the CIS profiles of Debian 12 comes from, the first that has it: testing, unstable."""
+
+
+def install() -> str:
+    """The script that brings the scanners to a node and says which datastream they have."""
+    wanted = f"{figures.PROFILE}cis_level1_server"
+    return INSTALL.format(place=PLACE, suites=" ".join(SUITES), wanted=wanted, given="given by --content")
 
 
 class BenchError(RuntimeError):
@@ -359,11 +375,13 @@ class Bench:
                 if sent.returncode:
                     raise BenchError(f"{node.name} did not take the datastream: {sent.stderr.decode(errors='replace')}")
             try:
-                self.root(node, INSTALL.format(place=PLACE), 1200)
+                version = self.root(node, install(), 1200).splitlines()[-1]
+                results.about["content"] = f"ssg-debian {version}"
             except BenchError as error:
                 raise BenchError(
                     f"the scanners could not be brought to {error}. They come by apt through the lab's package cache: "
-                    "the machine's mirror needs Debian 12, and Debian 13 for ssg-debian (or name it with --content)"
+                    f"the machine's mirror needs Debian 12, and {' or '.join(SUITES)} for ssg-debian "
+                    "(or name the datastream with --content)"
                 ) from error
             scores = {}
             for profile in figures.PROFILES:
