@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from ansible.errors import AnsibleError
+from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_plan
 
 from tests.unit.test_kubernetes_rendering import rendered, valued
 
@@ -243,3 +244,91 @@ def test_reload_fails_when_nginx_keeps_its_old_workers(tmp_path: Path, behaviour
             os.killpg(master.pid, signal.SIGKILL)
     assert done.returncode == code, done.stderr
     assert ("bind() failed" in done.stderr) is bool(code)
+
+
+JUMPER = {"name": "ada", "keys": ["ssh-ed25519 AAAAC3Nz ada@laptop"], "from": ["10.0.0.0/8", "192.0.2.7"]}
+BASTION: dict[str, Any] = {
+    "ansible_managed": "managed",
+    "ansible_user": "ops",
+    "inventory_hostname": "bastion1",
+    "groups": {"nodes": ["bastion1", "db1", "db2"]},
+    "hostvars": {"bastion1": {"ansible_host": "10.0.0.1"}, "db1": {"ansible_host": "10.0.0.2"}, "db2": {}},
+    "bastion_users": [JUMPER, {"name": "eve", "keys": [], "state": "absent"}],
+}
+
+
+def bastion(expression: str, **given: Any) -> Any:
+    return valued("bastion", expression, **(BASTION | given))
+
+
+def bastion_files(**given: Any) -> dict[str, dict[str, Any]]:
+    return {file["path"]: file for file in bastion("bastion_files", **given)}
+
+
+def test_jumpers_open_connections_to_the_nodes_and_nothing_else() -> None:
+    rules = bastion("bastion_rules")
+    assert rules["MaxSessions"] == 0
+    assert rules["PermitTTY"] is False
+    assert rules["AllowTcpForwarding"] == "local"
+    assert rules["PermitListen"] == "none"
+    assert rules["PermitOpen"] == ["db1:22", "10.0.0.2:22", "db2:22"]
+    assert rules["AuthorizedKeysFile"] == "/etc/ssh/censuschat-bastion/%u"
+    # What sshd would take as "no restriction" is never what an empty inventory gives.
+    assert bastion("bastion_rules", groups={})["PermitOpen"] == "none"
+
+
+def test_jumpers_rules_are_what_sshd_config_takes() -> None:
+    text = sshd_plan.render({}, [sshd_plan.Match("Group jumpers", bastion("bastion_rules"))])
+    assert "    PermitOpen db1:22 10.0.0.2:22 db2:22\n" in text
+    assert "    DisableForwarding no\n" in text
+
+
+def test_jumper_has_a_key_that_forwards_only_and_who_left_has_none() -> None:
+    files = bastion_files()
+    keys = {path: file["content"] for path, file in files.items() if path.startswith("/etc/ssh/")}
+    line = 'restrict,port-forwarding,from="10.0.0.0/8,192.0.2.7" ssh-ed25519 AAAAC3Nz ada@laptop\n'
+    assert keys == {"/etc/ssh/censuschat-bastion/ada": line}
+    accounts = bastion("bastion_accounts")
+    assert accounts[0]["groups"] == ["jumpers"]
+    assert accounts[1] == {"name": "eve", "state": "absent"}
+
+
+@pytest.mark.parametrize(
+    ("user", "sentence"),
+    [
+        ({**JUMPER, "name": "ops"}, "ops cannot be a jumper"),
+        ({**JUMPER, "name": "root"}, "root cannot be a jumper"),
+        ({**JUMPER, "keys": ['command="sh" ssh-ed25519 AAAAC3Nz']}, "is not one public key on one line"),
+        ({**JUMPER, "keys": ["ssh-ed25519 AAAA x\nssh-ed25519 BBBB y"]}, "is not one public key on one line"),
+    ],
+)
+def test_jumper_that_cannot_be_is_refused_on_the_controller(user: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(AnsibleError, match=sentence):
+        bastion_files(bastion_users=[user])
+
+
+def nft(**given: Any) -> list[str]:
+    """The lines of the table's chains; braces balanced."""
+    text = bastion_files(**given)["/etc/nftables.conf.d/censuschat_bastion.nft"]["content"]
+    assert text.count("{") == text.count("}")
+    return [line.strip() for line in text.splitlines()]
+
+
+def test_table_counts_newcomers_and_logs_jumps() -> None:
+    lines = nft(bastion_trusted=["10.0.0.0/24", "fd00::/8"])
+    assert 'iif != "lo" tcp dport { 22 } ct state new jump newcomers' in lines
+    assert lines.index("ip saddr 10.0.0.0/24 accept") < lines.index("ip6 saddr fd00::/8 accept")
+    assert any(line.startswith("add @knocking4 { ip saddr limit rate over 20/minute") for line in lines)
+    assert "meta skuid { ada } ct state new jump jumps" in lines
+    assert 'meta l4proto tcp log prefix "censuschat-bastion jump: " flags skuid accept' in lines
+    assert "reject" not in lines
+
+
+def test_jumpers_stay_in_the_targets_networks_when_they_are_named() -> None:
+    lines = nft(bastion_target_networks=["10.0.0.0/16"])
+    accepted = 'ip daddr 10.0.0.0/16 meta l4proto tcp log prefix "censuschat-bastion jump: " flags skuid accept'
+    assert lines.index(accepted) < lines.index("reject")
+
+
+def test_table_without_jumpers_says_nothing_of_them() -> None:
+    assert not any("skuid" in line for line in nft(bastion_users=[]))
