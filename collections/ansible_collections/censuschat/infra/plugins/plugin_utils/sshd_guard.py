@@ -50,11 +50,17 @@ def change(action: ActionBase, arguments: dict[str, Any], task_vars: dict[str, A
     }
 
 
-def prove(action: ActionBase, token: str) -> str:
-    """Open a connection that shares nothing with the present one and run a command; "" or what went wrong."""
+def prove(action: ActionBase, token: str, *, as_root: bool = False) -> str:
+    """Open a connection that shares nothing with the present one and run a command; "" or what went wrong.
+
+    `as_root` has it become root too where that needs no password, as a change of PAM can break either.
+    """
     if not by_ssh(action):
         return ""
     present = action._connection
+    become = present.become
+    by_sudo = become is not None and become.name.endswith("sudo") and not become.get_option("become_pass")
+    lead = "sudo -n true && " if as_root and by_sudo else ""
     problem = ""
     for attempt in range(PROOF_ATTEMPTS):
         if attempt:
@@ -66,7 +72,7 @@ def prove(action: ActionBase, token: str) -> str:
         options["reconnection_retries"] = 0
         fresh.set_options(direct=options)
         try:
-            code, out, err = fresh.exec_command(f"echo proof-{token}", sudoable=False)
+            code, out, err = fresh.exec_command(f"{lead}echo proof-{token}", sudoable=False)
         except AnsibleError as error:
             problem = " ".join(str(error).split())
             continue

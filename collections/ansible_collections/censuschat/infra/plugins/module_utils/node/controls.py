@@ -58,7 +58,7 @@ _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "severity": SEVERITIES,
 }
 _REQUIRED = ("id", "title", "rationale", "references", "domain", "severity", "profiles", "state")
-_OPTIONAL = ("applies_to", "holds", "side_effects", "requires_path", "otherwise", "ranges")
+_OPTIONAL = ("applies_to", "holds", "side_effects", "requires_path", "unless_path", "otherwise", "ranges")
 _ID = re.compile(r"^[a-z][a-z0-9_]+$")
 
 
@@ -66,7 +66,8 @@ _ID = re.compile(r"^[a-z][a-z0-9_]+$")
 class Control:
     """One hardening rule.
 
-    `requires_path` names what must exist for it to mean anything on a node, `otherwise` what a node without it is.
+    `requires_path` names what must exist for it to mean anything on a node, `unless_path` what must not;
+    `otherwise` says what a node is on which it means nothing.
     `holds` gives for each platform that cannot hold it the reason; `ranges` bounds what an override may say.
     """
 
@@ -83,6 +84,7 @@ class Control:
     ranges: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     side_effects: str = ""
     requires_path: str = ""
+    unless_path: str = ""
     otherwise: str = ""
 
     @staticmethod
@@ -126,6 +128,7 @@ class Control:
             ranges=data.get("ranges") or {},
             side_effects=data.get("side_effects", ""),
             requires_path=data.get("requires_path", ""),
+            unless_path=data.get("unless_path", ""),
             otherwise=data.get("otherwise", ""),
         )
 
@@ -137,6 +140,7 @@ class Control:
             "applies_to": list(self.applies_to),
             "holds": dict(self.holds),
             "requires_path": self.requires_path,
+            "unless_path": self.unless_path,
             "otherwise": self.otherwise,
             "state": dict(self.state),
         }

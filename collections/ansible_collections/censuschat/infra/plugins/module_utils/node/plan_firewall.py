@@ -1,5 +1,5 @@
 # GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The planner of the firewall: one nftables table, on disk and loaded, and the judgement whether it lets this run in again."""
+"""The planner of the firewall: nftables tables, on disk and loaded, and whether they let this run in again."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ DIRECTORY = "/etc/nftables.conf.d"
 INCLUDE = f'include "{DIRECTORY}/*.nft"'
 HEADER = "# Managed by censuschat.infra.node_harden; local changes are overwritten.\n"
 SERVICE = "nftables.service"
+SERVICE_DROP_IN = "/etc/systemd/system/nftables.service.d/censuschat.conf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ class FirewallSeen:
     loaded: str = ""
     kept: str = ""
     kept_hash: str = ""
-    service: UnitState = UnitState(SERVICE)
+    service: UnitState = dataclasses.field(default_factory=lambda: UnitState(SERVICE))
+    drop_in: str | None = None
 
 
 def text_of(want: Firewall) -> str:
@@ -106,7 +108,8 @@ def _without_rules(text: str) -> bool:
     """Whether the file holds no rule: empty, or the example chains of Debian's package."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     harmless = re.compile(
-        r"flush ruleset|table inet filter \{|chain (input|forward|output) \{|\}|type filter hook [a-z]+ priority (filter|0);( policy accept;)?"
+        r"flush ruleset|table inet filter \{|chain (input|forward|output) \{|\}"
+        r"|type filter hook [a-z]+ priority (filter|0);( policy accept;)?"
     )
     return all(harmless.fullmatch(line) for line in lines)
 
@@ -116,8 +119,14 @@ def flushes(text: str) -> bool:
     return any(line.split() == ["flush", "ruleset"] for line in text.splitlines())
 
 
-def plan(want: Firewall, seen: FirewallSeen) -> list[Action]:
-    """The files to write, the table to load, the service that loads it at boot."""
+def service_text(names: Sequence[str]) -> str:
+    """The drop-in of nftables.service: its stop takes our tables away, where Debian's own takes away those of all."""
+    stops = "".join(f"ExecStop=-/usr/sbin/nft delete table inet {name}\n" for name in sorted(names))
+    return f"{HEADER}[Service]\nExecStop=\n{stops}"
+
+
+def plan(want: Firewall, seen: FirewallSeen, names: Sequence[str] = ()) -> list[Action]:
+    """The files to write, the table to load, the service that loads it at boot; `names` are all tables of the node."""
     text = text_of(want)
     actions = []
     if seen.file != text:
@@ -125,6 +134,13 @@ def plan(want: Firewall, seen: FirewallSeen) -> list[Action]:
     main = main_text(seen.main)
     if seen.main != main:
         actions.append(Action("firewall_file", MAIN, f"reads {DIRECTORY}", main, shown(seen.main), main))
+    drop_in = service_text(names or [want.table])
+    if seen.drop_in != drop_in:
+        actions.append(
+            Action(
+                "firewall_file", SERVICE_DROP_IN, "stop leaves others' tables", drop_in, shown(seen.drop_in), drop_in
+            )
+        )
     if not seen.loaded:
         actions.append(Action("firewall", f"table inet {want.table}", "is not loaded", want, "not loaded\n", text))
     elif seen.kept_hash != text_hash(text) or seen.loaded != seen.kept:
@@ -173,8 +189,3 @@ def _has_port(expression: str, port: int) -> bool:
         if ends[0] <= port <= ends[1] and ends[0] > 0:
             return True
     return False
-
-
-def tables(wanted: Sequence[Firewall]) -> list[str]:
-    """The names of the tables, each once."""
-    return list(dict.fromkeys(want.table for want in wanted))

@@ -1,5 +1,5 @@
 # GNU General Public License v3.0+ (see https://www.gnu.org/licenses/gpl-3.0.txt)
-"""The planner of mounts: options of the live filesystem and of its line in fstab, from what the kernel and the file say."""
+"""The planner of mounts: options of the live filesystem and of its line in fstab."""
 
 from __future__ import annotations
 

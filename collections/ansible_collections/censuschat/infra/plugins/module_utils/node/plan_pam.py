@@ -86,7 +86,7 @@ def calls(content: str, section: str) -> list[tuple[str, tuple[str, ...]]]:
 def enabled(profile: Profile, files: Mapping[str, str | None]) -> bool:
     """Whether each module of the profile is called in its stack, with its arguments.
 
-    Arguments that only the first module of a stack leaves out (try_first_pass, use_authtok, use_first_pass) do not count.
+    Arguments that only the first module of a stack leaves out (try_first_pass and the like) do not count.
     """
     relative = {"try_first_pass", "use_authtok", "use_first_pass"}
     for section, names in STACKS.items():
