@@ -63,6 +63,8 @@ FLOOR_RUNS = 3
 SCAN_S = 3600
 """Seconds after which a node's scan counts as stuck; seven profiles take minutes each on a slow machine."""
 CATALOGUE = REPO / "collections/ansible_collections/censuschat/infra/roles/hardening/files/catalogue"
+SCANNER = CATALOGUE.parent / "scanners" / "openscap_debian12.yml"
+"""What the catalogue says of each rule: the controls that answer it, or why none does."""
 PLACE = "/root/censuschat-bench"
 """Where the scanners work on a node."""
 ANSIBLE_CFG = """[defaults]
@@ -134,6 +136,11 @@ class BenchError(RuntimeError):
     """The benchmark cannot go on; the message says what failed and what it said."""
 
 
+def known_rules() -> dict[str, figures.Why]:
+    """What the catalogue says of each rule of OpenSCAP's datastream."""
+    return figures.reasons(figures.read_catalogue(CATALOGUE), figures.read_scanner(SCANNER))
+
+
 @dataclass
 class Results:
     """All that was measured, as it is written to the JSON file."""
@@ -174,7 +181,7 @@ class Results:
         return figures.missed(self.ratios(), extra, self.scores, self.lynis)
 
     def to_dict(self) -> dict[str, Any]:
-        known = figures.reasons(figures.read_catalogue(CATALOGUE))
+        known = known_rules()
         return {
             **self.about,
             "runs": [
@@ -491,7 +498,7 @@ def summary(results: Results) -> str:
         )
     if results.scores:
         lines.append(figures.table(figures.score_rows(results.scores, results.lynis)))
-        known = figures.reasons(figures.read_catalogue(CATALOGUE))
+        known = known_rules()
         level1 = results.scores["ours"].get("cis_level1_server")
         if level1:
             lines.append(

@@ -278,21 +278,48 @@ def lynis_index(report: str) -> int:
     return int(found.group(1))
 
 
-def reasons(controls: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Control and reason by OpenSCAP rule, of rules that a control cannot hold in a container.
+@dataclass(frozen=True)
+class Why:
+    """What the catalogue says of a scanner's rule: the controls that answer it, and why it may fail all the same."""
 
-    A control names the rules that it answers in its references (`ssg: RULE`), and the reason under `holds`.
+    controls: tuple[str, ...] = ()
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.reason} ({', '.join(self.controls)})" if self.controls else self.reason
+        return f"{', '.join(self.controls)} should hold it" if self.controls else "no control answers it"
+
+
+def reasons(controls: Iterable[Mapping[str, Any]], scanner: Mapping[str, Any]) -> dict[str, Why]:
+    """What is known of each rule of a scanner, by the rule's name.
+
+    `scanner` is a file of roles/hardening/files/scanners: `rules` with the ids of the controls that answer each, and
+    `without_control` with a reason each. A control that a container cannot hold has its reason under `holds`.
     """
-    found: dict[str, tuple[str, str]] = {}
+    cannot: dict[str, str] = {}
     for control in controls:
         holds = control.get("holds")
         reason = holds.get("container") if isinstance(holds, Mapping) else None
         if not reason and "container" not in (control.get("applies_to") or ["container"]):
-            reason = "the catalogue holds it on machines of their own only: the kernel is not the container's"
-        for reference in control.get("references") or []:
-            if reason and str(reference).startswith("ssg:"):
-                rule = str(reference).removeprefix("ssg:").strip().removeprefix(RULE)
-                found[rule] = (str(control["id"]), " ".join(str(reason).split()))
+            reason = "held on machines of their own only: the kernel is not the container's"
+        cannot[str(control["id"])] = " ".join(str(reason or "").split())
+    found = {}
+    for rule, answers in (scanner.get("rules") or {}).items():
+        names = tuple(str(name) for name in answers)
+        found[str(rule)] = Why(names, next((cannot[name] for name in names if cannot.get(name)), ""))
+    for rule, reason in (scanner.get("without_control") or {}).items():
+        found[str(rule)] = Why((), " ".join(str(reason).split()))
+    return found
+
+
+def read_scanner(file: Path) -> dict[str, Any]:
+    """A file of what the catalogue says of a scanner's rules; empty where there is none."""
+    if not file.is_file():
+        return {}
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise FiguresError(f"{file} is not a mapping")
     return found
 
 
@@ -415,13 +442,9 @@ def score_rows(scores: Mapping[str, Mapping[str, Score]], lynis: Mapping[str, in
     return rows
 
 
-def remaining(score: Score, known: Mapping[str, tuple[str, str]]) -> list[str]:
-    """A line for each rule that still fails, with why no container can hold it, or that nothing says so."""
-    lines = []
-    for rule in score.failed:
-        control, reason = known.get(rule, ("", ""))
-        lines.append(f"{rule}: {reason} ({control})" if reason else f"{rule}: could be held; no control says why not")
-    return lines
+def remaining(score: Score, known: Mapping[str, Why]) -> list[str]:
+    """A line for each rule that still fails: why it may, who should hold it, or that nobody answers it."""
+    return [f"{rule}: {known.get(rule, Why())}" for rule in score.failed]
 
 
 def slowest(work: Work, count: int = 5) -> list[tuple[str, float]]:
