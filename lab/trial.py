@@ -139,7 +139,7 @@ def running(nodes: Sequence[Trial], name: str) -> Iterator[tuple[Path, topology.
             yield inventory, described
         finally:
             with undisturbed():
-                lab("down")
+                lab("down", "--inventory", str(inventory))
 
 
 @contextlib.contextmanager

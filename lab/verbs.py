@@ -132,6 +132,10 @@ def down(arguments: argparse.Namespace) -> int:
     need_root()
     # An `up` that was killed may still be making an image; nothing of it may come after the removal.
     with alone(patience=300) as held:
+        there = recorded()
+        if arguments.inventory and there not in (None, Path(arguments.inventory).resolve()):
+            print(f"left alone: the lab that is there is made from {there}")
+            return 0
         code = play("down", INVENTORIES[""], held, lab_images=arguments.images)
         if code == 0:
             images = "its images too" if arguments.images else "its images stay cached (--images removes them)"

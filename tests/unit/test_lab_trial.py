@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lab import images, nodes, topology, trial, verbs
+from lab import cli, images, nodes, topology, trial, verbs
 from lab.cli import Refusal
 from lab.trial import Trial, TrialError
 
@@ -117,7 +117,8 @@ def verbs_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[st
 def test_the_nodes_are_removed_after_a_signal(said: list[tuple[str, ...]], tmp_path: Path, number: int) -> None:
     with pytest.raises((KeyboardInterrupt, SystemExit)), trial.running([Trial("n1")], "test"):
         os.kill(os.getpid(), number)
-    assert said == [("up", "--inventory", str(tmp_path / "trial" / "test")), ("down",)]
+    inventory = str(tmp_path / "trial" / "test")
+    assert said == [("up", "--inventory", inventory), ("down", "--inventory", inventory)]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -125,14 +126,14 @@ def test_a_removal_is_not_disturbed_by_a_second_interrupt(
     said: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def down(*arguments: str) -> None:
-        if arguments == ("down",):
+        if arguments[0] == "down":
             os.kill(os.getpid(), signal.SIGINT)
         said.append(arguments)
 
     monkeypatch.setattr(trial, "lab", down)
     with trial.running([Trial("n1")], "test"):
         pass
-    assert said[-1] == ("down",)
+    assert [arguments[0] for arguments in said] == ["up", "down"]
 
 
 def test_another_lab_is_not_taken_down(said: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,3 +141,16 @@ def test_another_lab_is_not_taken_down(said: list[tuple[str, ...]], monkeypatch:
     with pytest.raises(Refusal, match="a lab made from inventories/lab is there"), trial.running([Trial("n1")], "test"):
         pass
     assert said == []
+
+
+@pytest.mark.parametrize(("there", "code"), [("other", "left alone"), ("mine", "removed"), (None, "removed")])
+def test_only_the_lab_of_the_inventory_that_is_named_is_taken_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], there: str | None, code: str
+) -> None:
+    monkeypatch.setattr(verbs, "need_root", lambda: None)
+    monkeypatch.setattr(verbs, "LOCK", tmp_path / "lock")
+    monkeypatch.setattr(verbs, "recorded", lambda: tmp_path / there if there else None)
+    monkeypatch.setattr(verbs, "play", lambda *_arguments, **_options: print("removed") or 0)
+    options = cli.parser().parse_args(["down", "--inventory", str(tmp_path / "mine")])
+    assert verbs.down(options) == 0
+    assert capsys.readouterr().out.startswith(code)
