@@ -332,3 +332,170 @@ def test_jumpers_stay_in_the_targets_networks_when_they_are_named() -> None:
 
 def test_table_without_jumpers_says_nothing_of_them() -> None:
     assert not any("skuid" in line for line in nft(bastion_users=[]))
+
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGJhc2VkYXNlZGFzZWRhc2VkYXNlZGFzZWRh"
+OTHER = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIG90aGVyb3RoZXJvdGhlcm90aGVyb3Ro"
+BASE: dict[str, Any] = {
+    "ansible_managed": "managed",
+    "ansible_user": "ops",
+    "inventory_hostname": "db1",
+    "groups": {},
+    "hostvars": {},
+}
+
+
+def base(expression: str, **given: Any) -> Any:
+    return valued("base", expression, **(BASE | given))
+
+
+def base_files(**given: Any) -> dict[str, dict[str, Any]]:
+    return {file["path"]: file for file in base("base_files", **given)}
+
+
+def test_base_without_wishes_is_name_neighbours_and_time_zone() -> None:
+    assert set(base_files()) == {"/etc/hosts", "/etc/timezone"}
+    assert base("base_all_packages") == ["ca-certificates", "iproute2", "procps"]
+    for nothing in ("base_services", "base_accounts", "base_directories", "base_all_groups"):
+        assert base(nothing) == [], nothing
+    # What an earlier run was asked for goes again; what belongs to the distribution stays.
+    absent = base("base_absent")
+    assert "/etc/apt/apt.conf.d/00censuschat-proxy" in absent
+    assert not {"/etc/default/locale", "/etc/locale.gen", "/etc/apt/sources.list"} & set(absent)
+
+
+def test_accounts_have_their_keys_in_a_directory_of_their_own() -> None:
+    users = [
+        {"name": "ada", "uid": 2001, "groups": ["ops"], "keys": [KEY, OTHER], "sudo": "passwordless"},
+        {"name": "bob", "keys": [], "home": "/srv/bob", "sudo": "password"},
+        {"name": "carol"},
+        {"name": "eve", "state": "absent", "keys": [KEY], "sudo": "password"},
+    ]
+    files = base_files(base_users=users)
+    assert files["/home/ada/.ssh/authorized_keys"]["content"] == f"{KEY}\n{OTHER}\n"
+    assert files["/home/ada/.ssh/authorized_keys"]["mode"] == "0600"
+    assert files["/srv/bob/.ssh/authorized_keys"]["content"] == ""
+    assert not any("carol" in path or "eve" in path for path in files)
+    sudoers = files["/etc/sudoers.d/50-censuschat-base"]
+    assert sudoers["content"] == "# managed\nada ALL=(ALL:ALL) NOPASSWD: ALL\nbob ALL=(ALL:ALL) ALL\n"
+    assert sudoers["validate"] == "/usr/sbin/visudo -cf %s"
+    directories = {d["path"]: d for d in base("base_directories", base_users=users)}
+    assert directories["/home/ada/.ssh"]["mode"] == "0700"
+    accounts = base("base_accounts", base_users=users)
+    assert accounts[0]["uid"] == 2001
+    assert accounts[-1] == {"name": "eve", "state": "absent"}
+    assert "sudo" in base("base_all_packages", base_users=users)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"base_users": [{"name": "ops", "keys": [OTHER]}], "base_login_key": KEY}, "are to hold base_login_key"),
+        ({"base_users": [{"name": "ops", "keys": [OTHER]}]}, "are to hold base_login_key"),
+        ({"base_users": [{"name": "ops", "state": "absent"}]}, "ops cannot be absent"),
+    ],
+)
+def test_base_does_not_lock_its_own_run_out(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(AnsibleError, match=sentence):
+        base("base_accounts", **given)
+
+
+def test_login_of_the_run_may_have_its_keys_given_with_its_own_among_them() -> None:
+    given = {"base_users": [{"name": "ops", "keys": [OTHER, f"{KEY} controller"]}], "base_login_key": f"{KEY} mine"}
+    assert base("base_accounts", **given)[0]["name"] == "ops"
+
+
+def test_apt_sources_are_deb822_with_their_key() -> None:
+    key = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nmDMEZ\n-----END PGP PUBLIC KEY BLOCK-----\n"
+    sources = [
+        {"name": "debian", "uris": ["https://mirror.example.com/debian"], "suites": ["bookworm", "bookworm-updates"]},
+        {
+            "name": "kubernetes",
+            "uris": ["https://k.example.com/deb/"],
+            "suites": ["/"],
+            "components": [],
+            "signed_by": key,
+        },
+    ]
+    given = {"base_apt_sources": sources, "base_apt_sources_only": True}
+    text = base_files(**given)["/etc/apt/sources.list.d/censuschat.sources"]["content"]
+    first, second = (dict(Deb822(stanza)) for stanza in text.split("\n\n")[1:])
+    assert first == {
+        "Types": "deb",
+        "URIs": "https://mirror.example.com/debian",
+        "Suites": "bookworm bookworm-updates",
+        "Components": "main",
+        "Signed-By": "/usr/share/keyrings/debian-archive-keyring.gpg",
+    }
+    assert "Components" not in second
+    assert second["Signed-By"].splitlines() == ["", *(line or "." for line in key.strip().splitlines())]
+    assert "/etc/apt/sources.list" in base("base_absent", **given)
+    assert {"path": "/etc/apt/sources.list.d", "exclusive": True} in base("base_directories", **given)
+    with pytest.raises(AnsibleError, match="without base_apt_sources would leave the node without any package"):
+        base("base_directories", base_apt_sources_only=True)
+
+
+class Deb822(dict[str, str]):
+    """A stanza of a deb822 file; AssertionError for a line that belongs to no field."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        name = ""
+        for line in text.splitlines():
+            if line.startswith("#"):
+                continue
+            if line.startswith(" "):
+                assert name, line
+                self[name] += f"\n{line[1:]}"
+            else:
+                name, colon, value = line.partition(":")
+                assert colon, line
+                self[name] = value.strip()
+
+
+def test_updates_keep_to_their_window_and_leave_what_is_blocked() -> None:
+    given = {
+        "base_updates": True,
+        "base_updates_window": "Sun *-*-* 02:00 America/New_York",
+        "base_updates_blocked": ["postgresql-", "runc$"],
+        "base_updates_origins": ["origin=Debian,codename=${distro_codename}-security"],
+    }
+    files = base_files(**given)
+    text = files["/etc/apt/apt.conf.d/53censuschat-base"]["content"]
+    assert 'Unattended-Upgrade::Package-Blacklist {\n    "postgresql-";\n    "runc$";\n};\n' in text
+    assert "#clear Unattended-Upgrade::Origins-Pattern;" in text
+    assert 'Automatic-Reboot "false";' in text
+    timer = files["/etc/systemd/system/apt-daily-upgrade.timer.d/censuschat.conf"]["content"]
+    assert "OnCalendar=\nOnCalendar=Sun *-*-* 02:00 America/New_York\n" in timer
+    assert base("base_services", **given)[0]["name"] == "apt-daily-upgrade.timer"
+    assert "unattended-upgrades" in base("base_all_packages", **given)
+
+
+@pytest.mark.parametrize(
+    ("service", "path", "line"),
+    [
+        ("systemd-timesyncd", "/etc/systemd/timesyncd.conf.d/50-censuschat-base.conf", "NTP=10.0.0.2 10.0.0.3"),
+        ("chrony", "/etc/chrony/chrony.conf", "server 10.0.0.3 iburst"),
+    ],
+)
+def test_time_comes_from_the_servers_that_are_named(service: str, path: str, line: str) -> None:
+    given = {"base_time_servers": ["10.0.0.2", "10.0.0.3"], "base_time_service": service}
+    assert line in base_files(**given)[path]["content"].splitlines()
+    assert base("base_services", **given) == [
+        {"name": f"{service}.service", "enabled": True, "state": "started", "restart_on": [path]}
+    ]
+    assert service in base("base_all_packages", **given)
+
+
+def test_proxy_locale_and_pins() -> None:
+    files = base_files(
+        base_apt_proxy={"http": "http://10.0.0.9:3142", "direct": ["mirror.example.com"]},
+        base_locale="de_DE.UTF-8",
+        base_locales=["de_DE.UTF-8", "en_US.ISO-8859-1"],
+        base_apt_pins=[{"packages": ["kubelet", "kubeadm"], "pin": "version 1.36.*", "priority": 1001}],
+    )
+    assert 'Acquire::http::Proxy "http://10.0.0.9:3142";' in files["/etc/apt/apt.conf.d/00censuschat-proxy"]["content"]
+    assert files["/etc/locale.gen"]["content"] == "# managed\nde_DE.UTF-8 UTF-8\nen_US.ISO-8859-1 ISO-8859-1\n"
+    assert files["/etc/default/locale"]["content"] == "# managed\nLANG=de_DE.UTF-8\n"
+    pins = "Package: kubelet kubeadm\nPin: version 1.36.*\nPin-Priority: 1001\n"
+    assert pins in files["/etc/apt/preferences.d/50-censuschat"]["content"]
