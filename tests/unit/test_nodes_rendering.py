@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ansible.errors import AnsibleError
 from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_plan
 
@@ -499,3 +500,84 @@ def test_proxy_locale_and_pins() -> None:
     assert files["/etc/default/locale"]["content"] == "# managed\nLANG=de_DE.UTF-8\n"
     pins = "Package: kubelet kubeadm\nPin: version 1.36.*\nPin-Priority: 1001\n"
     assert pins in files["/etc/apt/preferences.d/50-censuschat"]["content"]
+
+
+NODE: dict[str, Any] = {"ansible_managed": "managed", "ansible_host": "10.0.0.5"}
+
+
+def exporter(template: str, **given: Any) -> str:
+    return rendered("node_exporter", template, **(NODE | given))
+
+
+def test_exporter_listens_on_the_nodes_address_only() -> None:
+    line = exporter("default.j2", node_exporter_collectors_off=["mdadm"]).splitlines()[1]
+    assert line.startswith('ARGS="--web.listen-address=10.0.0.5:9100 --web.config.file=')
+    assert line.endswith(' --collector.systemd --no-collector.mdadm"')
+    assert "=[fd00::5]:9100 " in exporter("default.j2", node_exporter_addresses=["fd00::5"])
+
+
+def test_exporter_serves_whom_its_authority_knows() -> None:
+    assert yaml.safe_load(exporter("web.yml.j2")) == {}
+    tls = {"node_exporter_certificate": "/c.crt", "node_exporter_key": "/c.key"}
+    assert yaml.safe_load(exporter("web.yml.j2", **tls))["tls_server_config"] == {
+        "cert_file": "/c.crt",
+        "key_file": "/c.key",
+        "min_version": "TLS12",
+    }
+    server = yaml.safe_load(exporter("web.yml.j2", **tls, node_exporter_client_ca="/ca.crt"))["tls_server_config"]
+    assert (server["client_auth_type"], server["client_ca_file"]) == ("RequireAndVerifyClientCert", "/ca.crt")
+
+
+@pytest.mark.parametrize(
+    ("template", "given", "sentence"),
+    [
+        ("default.j2", {"node_exporter_arguments": ["--x=a b"]}, "holds a blank"),
+        ("default.j2", {"node_exporter_collectors": ['a"b']}, "a quote"),
+        ("web.yml.j2", {"node_exporter_client_ca": "/ca.crt"}, "needs node_exporter_certificate"),
+    ],
+)
+def test_exporter_that_cannot_be_is_refused(template: str, given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(AnsibleError, match=sentence):
+        exporter(template, **given)
+
+
+def shipper(**given: Any) -> dict[str, Any]:
+    wanted = {"log_shipper_hosts": ["logstash1:5044"], **NODE, **given}
+    found: dict[str, Any] = yaml.safe_load(
+        str(valued("log_shipper", "log_shipper_configuration | to_nice_yaml", **wanted))
+    )
+    return found
+
+
+def test_shipper_sends_journal_and_files_over_verified_tls() -> None:
+    files = [{"name": "nginx", "paths": ["/var/log/nginx/access.log"], "json": True}, {"name": "app", "paths": ["/a"]}]
+    own = {"log_shipper_ca": "/ca.crt", "log_shipper_certificate": "/c.crt", "log_shipper_key": "/c.key"}
+    found = shipper(log_shipper_files=files, log_shipper_fields={"environment": "lab"}, **own)
+    journal, nginx_log, app_log = found["filebeat.inputs"]
+    assert journal == {"type": "journald", "id": "journal", "seek": "tail"}
+    assert nginx_log["parsers"][0]["ndjson"]["target"] == ""
+    assert "parsers" not in app_log
+    assert app_log["fields"] == {"log_type": "app"}
+    output = found["output.logstash"]
+    assert output["hosts"] == ["logstash1:5044"]
+    assert output["ssl"] == {
+        "enabled": True,
+        "supported_protocols": ["TLSv1.2", "TLSv1.3"],
+        "verification_mode": "full",
+        "certificate_authorities": ["/ca.crt"],
+        "certificate": "/c.crt",
+        "key": "/c.key",
+    }
+    assert found["fields"] == {"environment": "lab"}
+    assert found["queue.disk"] == {"max_size": "1GB"}
+
+
+def test_settings_of_the_site_are_merged_over_the_shippers() -> None:
+    found = shipper(log_shipper_settings={"queue.disk": {"path": "/srv/spool"}}, log_shipper_tls=False)
+    assert found["queue.disk"] == {"max_size": "1GB", "path": "/srv/spool"}
+    assert found["output.logstash"]["ssl"] == {"enabled": False}
+
+
+def test_shipper_without_a_log_is_refused() -> None:
+    with pytest.raises(AnsibleError, match="names a log to ship"):
+        shipper(log_shipper_journal=False)
