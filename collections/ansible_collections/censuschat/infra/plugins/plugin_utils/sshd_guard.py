@@ -28,6 +28,11 @@ def change(action: ActionBase, arguments: dict[str, Any], task_vars: dict[str, A
     token = result.pop("token", "")
     if result.get("failed") or not token:
         return result
+    return settled(action, result, token, task_vars)
+
+
+def settled(action: ActionBase, result: dict[str, Any], token: str, task_vars: dict[str, Any]) -> dict[str, Any]:
+    """Prove the change that waits under `token`, and keep or undo it; returns `result`, failed when it was undone."""
     problem = prove(action, token)
     if not problem:
         ended = _end(action, "confirm", token, task_vars)
@@ -40,7 +45,7 @@ def change(action: ActionBase, arguments: dict[str, Any], task_vars: dict[str, A
         undone = f"It could not be undone from here ({ended}); the node's own timer does it within a minute or so"
     elif any(a["kind"] == "sshd_file" for a in result["actions"]):
         undone = "It was undone and sshd reloaded"
-        result["changed"] = False
+        result["changed"] = any(not a["kind"].startswith("sshd_") for a in result["actions"])
     else:
         undone = "The configuration on the node was not written by this run, so there is nothing to undo; mend it there"
     return {

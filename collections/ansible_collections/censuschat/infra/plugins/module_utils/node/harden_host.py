@@ -218,10 +218,11 @@ class Hardening:
 
     def _violations(self, control: Held, seen: Seen) -> list[str]:
         """What a person has to judge; not known yet of a control that is about to install or start something."""
+        stripped = [path for c in self._active for i in c.inventories for path in i.strip]
         found = [
             *plan_accounts.judge(control.accounts, seen.accounts),
             *(v for d in control.documents for v in harden_plan.judge_document(d, seen.facts)),
-            *(v for i in control.inventories for v in plan_inventory.judge(i, seen.found)),
+            *(v for i in control.inventories for v in plan_inventory.judge(i, seen.found, stripped)),
             *(v for m in control.mounts for v in plan_mounts.problem(m, seen.mounts)[:1] if v),
         ]
         if any(a.kind in ("package", "service", "pam_enable") for a in control.actions):
@@ -355,7 +356,7 @@ class Hardening:
         try:
             self._arm(actions, walls, risky=risky)
             self._together(_PAM, lambda some: host_pam.update(some, self.commands), done)
-            self._together(("pam_line",), lambda some: [host_pam.write_line(a) for a in some] and None, done)
+            self._together(("pam_line",), host_pam.write_lines, done)
             self._together(_FIREWALL, lambda some: self._firewall(some, walls), done)
         except NodeError as error:
             for control in mine:
@@ -450,7 +451,7 @@ def finish(token: str, *, keep: bool, commands: Commands) -> None:
     actions = [Action(kind, target, "", payload) for kind, target, payload in plan["actions"]]
     if not plan["walls"]:
         return
-    walls = [Firewall(**{k: tuple(v) if isinstance(v, list) else v for k, v in w.items()}) for w in plan["walls"]]
+    walls = [Firewall.of(wall) for wall in plan["walls"]]
     keeper = Keeper(plan["run"])
     units = state_host.observe_units([plan_firewall.SERVICE], commands)
     keeper.before(actions, units)

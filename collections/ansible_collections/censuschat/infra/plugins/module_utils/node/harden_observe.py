@@ -47,9 +47,12 @@ def kernel(keys: Iterable[str]) -> dict[str, str]:
 
 
 def modules() -> frozenset[str]:
-    """The names of the loaded kernel modules."""
-    with open("/proc/modules", encoding="utf-8") as handle:
-        return frozenset(line.split(" ", 1)[0] for line in handle)
+    """The names of the loaded kernel modules; none on a kernel that was built without them."""
+    try:
+        with open("/proc/modules", encoding="utf-8") as handle:
+            return frozenset(line.split(" ", 1)[0] for line in handle)
+    except FileNotFoundError:
+        return frozenset()
 
 
 def permissions(wanted: Sequence[Permission]) -> dict[str, PathState]:

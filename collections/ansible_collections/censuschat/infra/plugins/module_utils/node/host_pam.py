@@ -49,10 +49,11 @@ def update(actions: Sequence[Action], commands: Commands) -> None:
         )
 
 
-def write_line(action: Action) -> None:
-    """Change one service's file."""
-    want: ServiceLine = action.payload
-    now = observe_path(want.path, read=True)
-    text = now.content or ""
-    after = plan_pam.with_arguments(text, want) if want.module else plan_pam.with_line(text, want)
-    write_atomically(want.path, after, now.owner, now.group, now.mode)
+def write_lines(actions: Sequence[Action]) -> None:
+    """Change the services' files, one line after the other."""
+    for action in actions:
+        want: ServiceLine = action.payload
+        now = observe_path(want.path, read=True)
+        text = now.content or ""
+        after = plan_pam.with_arguments(text, want) if want.module else plan_pam.with_line(text, want)
+        write_atomically(want.path, after, now.owner, now.group, now.mode)

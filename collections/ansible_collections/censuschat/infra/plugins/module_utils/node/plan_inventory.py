@@ -108,11 +108,15 @@ def plan(want: Inventory, found: Mapping[str, Sequence[str]], states: Mapping[st
     return actions
 
 
-def judge(want: Inventory, found: Mapping[str, Sequence[str]]) -> list[str]:
-    """What was found, is not allowed, and is for a person to judge; one sentence for the scan."""
-    if want.repair:
+def judge(want: Inventory, found: Mapping[str, Sequence[str]], stripped: Sequence[str] = ()) -> list[str]:
+    """What was found, is not allowed, and is for a person to judge; one sentence for the scan.
+
+    `stripped` is what any control of the node strips. A control that only strips judges nothing.
+    """
+    if want.repair or (want.scan == SUID and not want.allowed):
         return []
-    strange = [p for p in found.get(want.scan, ()) if not _one_of(p, (*want.allowed, *want.strip))]
+    known = (*want.allowed, *want.strip, *stripped)
+    strange = [p for p in found.get(want.scan, ()) if not _one_of(p, known)]
     if not strange:
         return []
     names = ", ".join(strange[:SHOWN]) + (f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else "")
