@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -76,7 +77,7 @@ def _planned(
     copy = given["metrics"] or ""
     try:
         if given["state"] == "begun":
-            report = model.begin(old, run, _nodes(task_vars), environment, over)
+            report = model.begin(old, run, _nodes(task_vars), environment, over=over, keep=given["keep"])
             return report, False, files.plan(report, there, given["keep"], entry=False, copy=copy)
         found = list(_found(task_vars, given["report"]))
         known = [node["name"] for node in old["nodes"]] if old else []
@@ -92,7 +93,7 @@ def _planned(
 
 def _check(given: Mapping[str, Any]) -> None:
     environment, metrics = given["environment_name"], given["metrics"]
-    if not environment.strip() or "/" in environment or environment.startswith("."):
+    if not re.fullmatch(r"\w[\w. -]*", environment):
         raise model.EvidenceError(f"environment_name {environment!r} is no name: letters, digits and dashes will do")
     if given["keep"] < 2:
         raise model.EvidenceError(f"keep is {given['keep']}: a trend needs 2 at least")

@@ -83,13 +83,23 @@ def _by_reason(report: Mapping[str, Any], result: str) -> list[dict[str, Any]]:
 
 
 def changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What became different, newest first: one entry a node, against its report before, and what was repaired."""
+    """What became different on each node, newest first: its trend, and the newest repairs."""
     told = []
     for node in report["nodes"]:
-        repaired = [c for c in node["controls"] if c.get("repaired") and c["repaired"]["at"] == node["since"]]
-        if any(node["trend"][name] for name in model.TRENDS) or repaired:
-            told.append({"node": node["name"], "at": node["since"], "trend": node["trend"], "repaired": repaired})
-    return sorted(told, key=lambda each: (each["at"] or "", each["node"]), reverse=True)
+        trend = node["trend"]
+        moments = {trend["at"]} if any(trend[name] for name in model.TRENDS) else set()
+        repaired = [c for c in node["controls"] if c.get("repaired")]
+        newest = max((c["repaired"]["at"] for c in repaired), default=None)
+        for at in moments | ({newest} if newest else set()):
+            told.append(
+                {
+                    "node": node["name"],
+                    "at": at,
+                    "trend": trend if at in moments else None,
+                    "repaired": [c for c in repaired if c["repaired"]["at"] == at],
+                }
+            )
+    return sorted(told, key=lambda each: (each["at"], each["node"]), reverse=True)
 
 
 def chart(report: Mapping[str, Any], most: int = 30) -> list[dict[str, Any]]:

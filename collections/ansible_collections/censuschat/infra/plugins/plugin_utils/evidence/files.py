@@ -71,7 +71,10 @@ def kept(directory: str) -> tuple[str, ...]:
 
 
 def plan(report: Mapping[str, Any], there: Collection[str], keep: int, *, entry: bool, copy: str = "") -> Plan:
-    """What to write for a report. there: `kept`. entry: it is a state of its own. copy: a second place of the metrics."""
+    """What to write for a report.
+
+    there: what `kept` found. entry: the report is a state of its own. copy: a second place of the metrics.
+    """
     write: dict[str, str] = {}
     remove: tuple[str, ...] = ()
     if entry:

@@ -16,7 +16,7 @@ import datetime
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence.redact import cleaned
+from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence.redact import cleaned, printable
 
 SCHEMA = 1
 RESULTS = ("pass", "failed", "excluded", "not_applicable")
@@ -100,15 +100,22 @@ def _why(result: Mapping[str, Any]) -> str:
 
 
 def begin(
-    old: Mapping[str, Any] | None, run: Run, nodes: Sequence[str], environment: str, over: Collection[str]
-) -> Any:
+    old: Mapping[str, Any] | None,
+    run: Run,
+    nodes: Sequence[str],
+    environment: str,
+    *,
+    over: Collection[str] = (),
+    keep: int = 50,
+) -> dict[str, Any]:
     """The report with a run that has begun. over: ids of begun runs whose process is no more; they left no result."""
     report = _base(old, environment)
     _close(report, over, run.at)
     if run.process and report["run"].get("process") == run.process:
         # The next batch of the same run.
         run = dataclasses.replace(run, id=report["run"]["id"], began=report["run"]["began"])
-    report["begun"][run.id] = {"began": run.began, "nodes": sorted(nodes), "process": run.process}
+    report["begun"][run.id] = {"began": run.began, "nodes": sorted(map(printable, nodes)), "process": run.process}
+    del report["history"][:-keep]
     return _derived(report)
 
 
@@ -132,6 +139,7 @@ def end(
     run = _adopted(report, run)
     report["begun"].pop(run.id, None)
     _close(report, over, run.at)
+    found = [dataclasses.replace(each, node=printable(each.node)) for each in found]
     nodes = {node["name"]: node for node in report["nodes"]}
     catalogue = {control["id"]: control for control in report["controls"]}
     known = {each.node for each in found}
@@ -142,7 +150,7 @@ def end(
         fresh.append(record)
         for control in each.result.get("controls", []) if each.state == "reported" else []:
             catalogue[str(control["id"])] = _about(control, secrets)
-    for name in sorted(set(expected) - known):
+    for name in sorted({printable(name) for name in expected} - known):
         record = nodes.get(name) or _unknown(name)
         fresh.append({**record, "state": "earlier" if record["state"] == "reported" else record["state"]})
     report["nodes"] = sorted(fresh, key=lambda node: node["name"])
@@ -226,7 +234,7 @@ def _unknown(name: str) -> dict[str, Any]:
 
 
 def _no_trend() -> dict[str, Any]:
-    return {"against": None, **{name: [] for name in TRENDS}, "unchanged": 0}
+    return {"at": None, "against": None, **{name: [] for name in TRENDS}, "unchanged": 0}
 
 
 def _node(old: Mapping[str, Any] | None, now: Seen, run: Run, secrets: Collection[str]) -> tuple[dict[str, Any], int]:
@@ -244,8 +252,13 @@ def _node(old: Mapping[str, Any] | None, now: Seen, run: Run, secrets: Collectio
     if record["observed"] is None:
         record["trend"] = {**_no_trend(), "unchanged": len(after)}
     elif _classes(after) != _classes(record["controls"]):
-        record["trend"] = {"against": record["observed"], **_compared(_classes(record["controls"]), _classes(after))}
-    if record["observed"] is None or _told(record["controls"]) != _told(after):
+        record["trend"] = {
+            "at": run.at,
+            "against": record["observed"],
+            **_compared(_classes(record["controls"]), _classes(after)),
+        }
+    repairs = sum(str(control.get("result")) == "changed" for control in now.result["controls"])
+    if record["observed"] is None or repairs or _told(record["controls"]) != _told(after):
         record["since"] = run.at
     record.update(
         observed=run.at,
@@ -256,7 +269,7 @@ def _node(old: Mapping[str, Any] | None, now: Seen, run: Run, secrets: Collectio
     if now.result.get("run"):
         # The last run that changed the node, which a rollback would name.
         record["applied"] = cleaned(now.result["run"], secrets, 80)
-    return record, sum(str(c.get("result")) == "changed" for c in now.result["controls"])
+    return record, repairs
 
 
 def _control(
@@ -416,10 +429,9 @@ def verdict(report: Mapping[str, Any]) -> dict[str, str]:
         old = nodes["never"] + nodes["earlier"]
         text = f"All controls hold; {_many(old, 'node was', 'nodes were')} not in the last run."
         return {"level": "warn", "text": text if nodes["earlier"] + nodes["reported"] else "No node has reported yet."}
-    return {
-        "level": "good",
-        "text": f"All controls hold on {'all ' if total > 1 else ''}{_many(total, 'node', 'nodes')}.",
-    }
+    if not report["totals"]["results"]["pass"]:
+        return {"level": "warn", "text": "No control concerns any node, so nothing is proven."}
+    return {"level": "good", "text": f"All controls hold on {f'all {total} nodes' if total > 1 else 'the node'}."}
 
 
 def _many(number: int, one: str, more: str) -> str:
