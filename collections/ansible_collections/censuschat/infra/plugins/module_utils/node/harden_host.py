@@ -476,7 +476,9 @@ def package_problem(said: str) -> str:
         return "apt has no space left: free some (`df -h /var /`, `apt-get clean`), then run again"
     if "dpkg was interrupted" in said:
         return "an earlier installation was interrupted: run `dpkg --configure -a` on the node, then run again"
-    return said
+    # Of the many lines the causes count, each once.
+    causes = [line.strip() for line in said.splitlines()[1:] if re.match(r"E: |\s+\S", line)]
+    return "; ".join([said.splitlines()[0].partition(": Err:")[0], *dict.fromkeys(causes)]).replace("; ", ": ", 1)
 
 
 def _unique(actions: Sequence[Action]) -> list[Action]:
