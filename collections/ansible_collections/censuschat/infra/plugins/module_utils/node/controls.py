@@ -134,9 +134,8 @@ class Control:
 
     def wire(self) -> dict[str, Any]:
         """What the node needs of the control; texts for people stay on the controller."""
-        return {
+        sent = {
             "id": self.id,
-            "domain": self.domain,
             "applies_to": list(self.applies_to),
             "holds": dict(self.holds),
             "requires_path": self.requires_path,
@@ -144,6 +143,7 @@ class Control:
             "otherwise": self.otherwise,
             "state": dict(self.state),
         }
+        return {key: value for key, value in sent.items() if value}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Hardening:
     def _of_the_machine(self, control: Held, kind: str) -> str:
         """Why a container cannot hold a control of its machine; "" where the machine already has its kernel values."""
         why = control.holds.get("container") or f"a {kind} container shares this with the machine that runs it"
-        if not control.sysctl or control.modules or control.node != Desired() or control.settings:
+        if control.keys != ("sysctl",):
             return why
         now = harden_observe.kernel(control.sysctl)
         for key, value in control.sysctl.items():
@@ -318,6 +318,11 @@ class Hardening:
 
     def _write(self, path: str, content: str) -> None:
         mode = 0o640 if path == plan_audit.RULES_FILE else 0o644
+        # A node without kmod or auditd has no such directory, and the file is to count when they come.
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        except OSError as error:
+            raise NodeError(f"{path} cannot be written: {reason(error, os.path.dirname(path))}") from error
         write_atomically(path, content, "root", "root", mode)
 
     def _apply_one(self, action: Action, executor: state_host.Executor) -> None:

@@ -51,6 +51,8 @@ class Held:
     apparmor: bool
     clock: bool
     running: tuple[Running, ...]
+    keys: tuple[str, ...] = ()
+    """The kinds of state that it is made of."""
     asked_for: bool = False
     """Named by the user, not only by the profile: then a node that cannot hold it is an error."""
     actions: list[Action] = dataclasses.field(default_factory=list)
@@ -73,6 +75,7 @@ class Held:
                 requires_path=data.get("requires_path") or "",
                 unless_path=data.get("unless_path") or "",
                 otherwise=data.get("otherwise") or "",
+                keys=tuple(state),
                 asked_for=bool(data.get("asked_for")),
                 sysctl={key: str(value) for key, value in (state.get("sysctl") or {}).items()},
                 modules=tuple(state.get("blocked_modules") or ()),

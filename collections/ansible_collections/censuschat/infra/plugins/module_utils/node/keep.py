@@ -203,6 +203,7 @@ class Keeper:
                     lines.append(live)
             self._append(lines)
         except OSError as error:
+            self.paths = []
             raise NodeError(
                 f"what this run would replace cannot be kept in {DIRECTORY}, so nothing was changed: "
                 f"{reason(error, DIRECTORY)}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,7 +61,12 @@ class Rollback:
 
 
 def chosen(to: str, kept: Sequence[str]) -> list[str]:
-    """The runs to undo, oldest first: `to` and all after it."""
+    """The runs to undo, oldest first: `to` and all after it, or all since a time in UTC such as 20261121T214500.
+
+    Nodes give their runs ids of their own; a time is what a rollback of several nodes can share.
+    """
+    if re.fullmatch(r"[0-9]{8}T[0-9]{6}", to):
+        return [run for run in kept if run >= to]
     if to not in kept:
         known = ", ".join(kept[-5:]) if kept else "none"
         raise NodeError(f"run {to!r} is not kept on this node; the last ones are: {known}")
