@@ -27,7 +27,7 @@ GROUPS: dict[str, Any] = load(MOLECULE / "inventory/hosts.yml")["all"]["children
 
 
 def test_the_shared_configuration_is_what_molecule_takes_and_has_the_sequence() -> None:
-    whole = {**BASE, "driver": {"name": "default"}, "platforms": [], "provisioner": {"name": "ansible"}}
+    whole: Any = {**BASE, "driver": {"name": "default"}, "platforms": [], "provisioner": {"name": "ansible"}}
     assert schema_v3.validate(whole) == []
     assert BASE["shared_state"] is True
     sequence = [step.split("/")[-1] for step in BASE["scenario"]["test_sequence"]]
