@@ -26,8 +26,8 @@ options:
   to:
     description:
       - The id of the run before which the node is to be again, as RV(censuschat.infra.node_harden#module:run) gave it.
-      - Or a time in UTC such as V(20261121T214500), for all runs since then. Nodes give their runs ids of their own, so a
-        time is what a rollback of several nodes needs.
+      - Or a time in UTC such as V(20261121T214500), for all runs since then. Nodes give their runs ids of their own, so
+        a time is what a rollback of several nodes needs.
       - Without it nothing is changed, and RV(runs) tells which there are.
     type: str
     default: ""
