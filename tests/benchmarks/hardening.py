@@ -9,6 +9,7 @@ kept connections, the same forks) and none of the user's. The second run follows
   tasks, results  of Ansible, over all nodes; the items of a loop are results
   ssh bytes       counted by the lab's router for port 22 of each node, whole packets, both directions
   node CPU        processor time of the node's control group
+  busy afterwards how long the nodes go on with what a run started (an integrity database, say); waited for, not counted
   floor           an empty play, and one command over an open ssh connection that starts sudo and Python
 
 Ours is the role censuschat.infra.hardening with --profile. The peer is os_hardening and ssh_hardening with their
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -63,8 +65,8 @@ FLOOR_RUNS = 3
 SCAN_S = 3600
 """Seconds after which a node's scan counts as stuck; seven profiles take minutes each on a slow machine."""
 CATALOGUE = REPO / "collections/ansible_collections/censuschat/infra/roles/hardening/files/catalogue"
-SCANNER = CATALOGUE.parent / "scanners" / "openscap_debian12.yml"
-"""What the catalogue says of each rule: the controls that answer it, or why none does."""
+SCANNERS = CATALOGUE.parent / "scanners"
+"""What the catalogue says of each rule of a scanner: the controls that answer it, or why none does."""
 PLACE = "/root/censuschat-bench"
 """Where the scanners work on a node."""
 ANSIBLE_CFG = """[defaults]
@@ -85,6 +87,12 @@ control_path = %(directory)s/%%C
 """
 ALIVE = ("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 PREPARE = "apt-get -qq update"
+# `start` is the state of a service whose commands run before it counts as started, or as done.
+SETTLE = (
+    """while units=$(systemctl list-units --state=start --no-legend --plain) && [ -n "$units" ]; do sleep 1; done"""
+)
+SETTLE_S = 3600
+"""Seconds after which the work that a run left behind counts as stuck."""
 INSTALL = r"""set -eu
 umask 022
 export DEBIAN_FRONTEND=noninteractive
@@ -136,9 +144,9 @@ class BenchError(RuntimeError):
     """The benchmark cannot go on; the message says what failed and what it said."""
 
 
-def known_rules() -> dict[str, figures.Why]:
-    """What the catalogue says of each rule of OpenSCAP's datastream."""
-    return figures.reasons(figures.read_catalogue(CATALOGUE), figures.read_scanner(SCANNER))
+def known_rules(scanner: str = "openscap_debian12") -> dict[str, figures.Why]:
+    """What the catalogue says of each rule of a scanner."""
+    return figures.reasons(figures.read_catalogue(CATALOGUE), figures.read_scanner(SCANNERS / f"{scanner}.yml"))
 
 
 @dataclass
@@ -150,7 +158,7 @@ class Results:
     """By number of nodes, side and run."""
     floors: dict[int, Floor] = field(default_factory=dict)
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)
-    lynis: dict[str, int] = field(default_factory=dict)
+    lynis: dict[str, figures.Lynis] = field(default_factory=dict)
 
     def ratios(self) -> dict[tuple[int, str], float]:
         pairs = {(count, run) for count, _side, run in self.runs}
@@ -180,8 +188,15 @@ class Results:
         }
         return figures.missed(self.ratios(), extra, self.scores, self.lynis)
 
-    def to_dict(self) -> dict[str, Any]:
+    def remaining(self) -> dict[str, list[str]]:
+        """What still fails after ours, by profile, and what Lynis still asks for, each with what is known of it."""
         known = known_rules()
+        found = {p: figures.remaining(score.failed, known) for p, score in self.scores.get("ours", {}).items()}
+        if "ours" in self.lynis:
+            found["lynis"] = figures.remaining(self.lynis["ours"].suggested, known_rules("lynis"))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
         return {
             **self.about,
             "runs": [
@@ -201,10 +216,8 @@ class Results:
                 }
                 for state, profiles in self.scores.items()
             },
-            "lynis": self.lynis,
-            "remaining": {
-                profile: figures.remaining(score, known) for profile, score in self.scores.get("ours", {}).items()
-            },
+            "lynis": {state: dataclasses.asdict(outcome) for state, outcome in self.lynis.items()},
+            "remaining": self.remaining(),
             "missed": self.missed(),
         }
 
@@ -279,8 +292,19 @@ class Bench:
         (self.directory / f"{name}.json").write_text(done.stdout, encoding="utf-8")
         return took, done.stdout, done.returncode
 
+    def settle(self, side: str) -> float:
+        """Waits until no unit of a side's nodes is starting any more; returns the seconds.
+
+        A run may leave work behind that its node does by itself (an integrity database, say). The next run, of either
+        side, must not pay for it.
+        """
+        began = time.monotonic()
+        own = self.side(side)
+        self.everywhere(lambda node: self.root(node, SETTLE, SETTLE_S), own, len(own))
+        return time.monotonic() - began
+
     def measure(self, side: str, run: str) -> Run:
-        """One run of a side, with all meters read before and after it."""
+        """One run of a side, with all meters read before and after it; then its nodes come to rest."""
         names = [node.name for node in self.side(side)]
         plays, variables = play(side, self.options)
         bytes_before, cpu_before = self._bytes(), self._cpu(names)
@@ -299,6 +323,7 @@ class Bench:
             other_bytes=moved("other"),
             node_cpu_s={name: cpu_after[name] - cpu_before[name] for name in names},
             controller_cpu_s=spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime,
+            settled_s=self.settle(side),
         )
 
     def floor(self) -> Floor:
@@ -375,7 +400,7 @@ class Bench:
         scanned = [self.lab.node(STOCK), self.side("peer")[0], self.side("ours")[0]]
         content = Path(self.options.content).read_bytes() if self.options.content else b""
 
-        def scan(node: Node) -> tuple[dict[str, Score], int]:
+        def scan(node: Node) -> tuple[dict[str, Score], figures.Lynis]:
             if content:
                 put = nodes.ssh(node, "sudo", "-n", "sh", "-c", f"'mkdir -p {PLACE}; cat > {PLACE}/content.xml'")
                 sent = subprocess.run(put, input=content, capture_output=True, check=False, timeout=300)
@@ -395,12 +420,12 @@ class Bench:
                 said = self.root(node, OSCAP.format(place=PLACE, profile=figures.PROFILE + profile), SCAN_S)
                 scores[profile] = figures.read_oscap(said)
                 say(f"scanned {node.name} {profile}: {scores[profile].passed} / {len(scores[profile].failed)}")
-            return scores, figures.lynis_index(self.root(node, LYNIS.format(place=PLACE), SCAN_S))
+            return scores, figures.read_lynis(self.root(node, LYNIS.format(place=PLACE), SCAN_S))
 
         # As many at a time as the machine has cores: a scan is processor time.
         outcome = self.everywhere(scan, scanned, os.cpu_count() or 1)
-        for state, (scores, index) in zip(("stock", "peer", "ours"), outcome, strict=True):
-            results.scores[state], results.lynis[state] = scores, index
+        for state, (scores, lynis) in zip(("stock", "peer", "ours"), outcome, strict=True):
+            results.scores[state], results.lynis[state] = scores, lynis
 
 
 def play(side: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -464,6 +489,7 @@ def compared(count: int, run: str, results: Results) -> str:
         ["packages kB a node", *(f"{r.other_bytes / count / 1000:.0f}" for r in (ours, peer))],
         ["node CPU s, mean", cpu(ours), cpu(peer)],
         ["controller CPU s", *(f"{r.controller_cpu_s:.2f}" for r in (ours, peer))],
+        ["busy afterwards s", *(f"{r.settled_s:.0f}" for r in (ours, peer))],
     ]
     return f"{head}\n{figures.table(rows)}"
 
@@ -504,7 +530,7 @@ def summary(results: Results) -> str:
             lines.append(
                 "rules of cis_level1_server that still fail after ours (those of all profiles are in the file):"
             )
-            lines += [f"  {line}" for line in figures.remaining(level1, known)]
+            lines += [f"  {line}" for line in figures.remaining(level1.failed, known)]
     missed = results.missed()
     lines += [f"  missed: {sentence}" for sentence in missed]
     lines.append(f"bench hardening: targets_missed={len(missed)}")

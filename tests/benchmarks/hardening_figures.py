@@ -190,6 +190,8 @@ class Run:
     other_bytes: int
     node_cpu_s: Mapping[str, float]
     controller_cpu_s: float
+    settled_s: float = 0.0
+    """How long the nodes were busy afterwards with what the run had started; not part of `wall_s`."""
 
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file."""
@@ -204,6 +206,7 @@ class Run:
             "other_bytes": self.other_bytes,
             "node_cpu_s": {name: round(seconds, 3) for name, seconds in sorted(self.node_cpu_s.items())},
             "controller_cpu_s": round(self.controller_cpu_s, 3),
+            "settled_s": round(self.settled_s, 1),
             "task_s": [[name, round(seconds, 3)] for name, seconds in self.work.seconds],
         }
 
@@ -270,12 +273,23 @@ def read_oscap(text: str) -> Score:
     return Score(passed, failed, {result: others.count(result) for result in sorted(set(others))})
 
 
-def lynis_index(report: str) -> int:
-    """The hardening index in Lynis' report. Raises FiguresError."""
-    found = re.search(r"^hardening_index=(\d+)$", report, re.MULTILINE)
-    if not found:
+@dataclass(frozen=True)
+class Lynis:
+    """Lynis' outcome: its hardening index (0 to 100), its version, the tests that suggest or warn of something."""
+
+    index: int
+    version: str = ""
+    suggested: tuple[str, ...] = ()
+
+
+def read_lynis(report: str) -> Lynis:
+    """Reads Lynis' report, lines of NAME=VALUE. Raises FiguresError when its audit did not come to its end."""
+    index = re.search(r"^hardening_index=(\d+)$", report, re.MULTILINE)
+    if not index:
         raise FiguresError("Lynis' report has no hardening_index; its audit did not come to its end")
-    return int(found.group(1))
+    version = re.search(r"^lynis_version=(.*)$", report, re.MULTILINE)
+    tests = re.findall(r"^(?:suggestion|warning)\[\]=([A-Z]+-\d+)\|", report, re.MULTILINE)
+    return Lynis(int(index.group(1)), version.group(1) if version else "", tuple(sorted(set(tests))))
 
 
 @dataclass(frozen=True)
@@ -295,7 +309,8 @@ def reasons(controls: Iterable[Mapping[str, Any]], scanner: Mapping[str, Any]) -
     """What is known of each rule of a scanner, by the rule's name.
 
     `scanner` is a file of roles/hardening/files/scanners: `rules` with the ids of the controls that answer each, and
-    `without_control` with a reason each. A control that a container cannot hold has its reason under `holds`.
+    `without_control`, reasons with the rules that each is for. A control that a container cannot hold has its reason
+    under `holds`.
     """
     cannot: dict[str, str] = {}
     for control in controls:
@@ -308,8 +323,9 @@ def reasons(controls: Iterable[Mapping[str, Any]], scanner: Mapping[str, Any]) -
     for rule, answers in (scanner.get("rules") or {}).items():
         names = tuple(str(name) for name in answers)
         found[str(rule)] = Why(names, next((cannot[name] for name in names if cannot.get(name)), ""))
-    for rule, reason in (scanner.get("without_control") or {}).items():
-        found[str(rule)] = Why((), " ".join(str(reason).split()))
+    for entry in scanner.get("without_control") or []:
+        reason = " ".join(str(entry["reason"]).split())
+        found.update({str(rule): Why((), reason) for rule in entry["rules"]})
     return found
 
 
@@ -341,7 +357,7 @@ def missed(
     ratios: Mapping[tuple[int, str], float],
     extra: Mapping[str, float | None],
     scores: Mapping[str, Mapping[str, Score]],
-    lynis: Mapping[str, int],
+    lynis: Mapping[str, Lynis],
 ) -> list[str]:
     """The targets that were missed, a sentence each. `scores` and `lynis`: by state (stock, peer, ours)."""
     found = []
@@ -361,8 +377,8 @@ def missed(
     level1 = ours.get("cis_level1_server")
     if level1 and len(level1.failed) > TARGET_CIS_LEVEL1:
         found.append(f"cis_level1_server: {len(level1.failed)} rules fail, target {TARGET_CIS_LEVEL1}")
-    if "ours" in lynis and lynis["ours"] < TARGET_LYNIS:
-        found.append(f"Lynis: index {lynis['ours']}, target {TARGET_LYNIS}")
+    if "ours" in lynis and lynis["ours"].index < TARGET_LYNIS:
+        found.append(f"Lynis: index {lynis['ours'].index}, target {TARGET_LYNIS}")
     return found
 
 
@@ -430,7 +446,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def score_rows(scores: Mapping[str, Mapping[str, Score]], lynis: Mapping[str, int]) -> list[list[str]]:
+def score_rows(scores: Mapping[str, Mapping[str, Score]], lynis: Mapping[str, Lynis]) -> list[list[str]]:
     """The score table: rules passed / failed by profile, and Lynis' index, for each state in the order given."""
     states = list(scores)
     rows = [["passed / failed rules", *states]]
@@ -438,13 +454,13 @@ def score_rows(scores: Mapping[str, Mapping[str, Score]], lynis: Mapping[str, in
         if any(profile in scores[state] for state in states):
             cells = [scores[state].get(profile) for state in states]
             rows.append([profile, *(f"{c.passed} / {len(c.failed)}" if c else "-" for c in cells)])
-    rows.append(["Lynis index", *(str(lynis.get(state, "-")) for state in states)])
+    rows.append(["Lynis index", *(str(lynis[state].index) if state in lynis else "-" for state in states)])
     return rows
 
 
-def remaining(score: Score, known: Mapping[str, Why]) -> list[str]:
+def remaining(rules: Iterable[str], known: Mapping[str, Why]) -> list[str]:
     """A line for each rule that still fails: why it may, who should hold it, or that nobody answers it."""
-    return [f"{rule}: {known.get(rule, Why())}" for rule in score.failed]
+    return [f"{rule}: {known.get(rule, Why())}" for rule in rules]
 
 
 def slowest(work: Work, count: int = 5) -> list[tuple[str, float]]:

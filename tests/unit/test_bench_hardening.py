@@ -13,7 +13,7 @@ from lab import trial
 from lab.paths import REPO
 from tests.benchmarks import hardening
 from tests.benchmarks import hardening_figures as figures
-from tests.benchmarks.hardening_figures import FiguresError, Floor, Run, Score, Work
+from tests.benchmarks.hardening_figures import FiguresError, Floor, Lynis, Run, Score, Work
 
 # --- Ansible ---
 
@@ -177,10 +177,20 @@ def test_a_scan_without_results_is_an_error_and_not_a_perfect_score(text: str) -
         figures.read_oscap(text)
 
 
-def test_lynis_index_is_read_from_its_report() -> None:
-    assert figures.lynis_index("lynis_version=3.0.8\nhardening_index=75\nfinish=true\n") == 75
+LYNIS = """# Lynis Report
+lynis_version=3.0.8
+suggestion[]=SSH-7408|Consider hardening SSH configuration|AllowTcpForwarding (set YES to NO)|-|
+suggestion[]=SSH-7408|Consider hardening SSH configuration|MaxAuthTries (set 6 to 3)|-|
+warning[]=PKGS-7392|Found one or more vulnerable packages.|-|-|
+hardening_index=75
+finish=true
+"""
+
+
+def test_lynis_report_gives_its_index_and_the_tests_that_ask_for_more() -> None:
+    assert figures.read_lynis(LYNIS) == Lynis(75, "3.0.8", ("PKGS-7392", "SSH-7408"))
     with pytest.raises(FiguresError, match="has no hardening_index"):
-        figures.lynis_index("lynis_version=3.0.8\n")
+        figures.read_lynis("lynis_version=3.0.8\n")
 
 
 CONTROLS: list[dict[str, Any]] = [
@@ -194,14 +204,14 @@ SCANNER = {
         "sysctl_x": ["aide", "kernel_x"],
         "package_aide_installed": ["aide"],
     },
-    "without_control": {"grub2_password": "a container\n has no boot loader"},
+    "without_control": [{"reason": "a container\n has no boot loader", "rules": ["grub2_password", "grub2_uefi"]}],
 }
 
 
 def test_each_rule_that_still_fails_has_a_reason_or_someone_who_should_hold_it() -> None:
     known = figures.reasons(CONTROLS, SCANNER)
-    score = Score(1, ("grub2_password", "new_rule", "package_aide_installed", "partition_for_tmp", "sysctl_x"))
-    assert figures.remaining(score, known) == [
+    rules = ("grub2_password", "new_rule", "package_aide_installed", "partition_for_tmp", "sysctl_x")
+    assert figures.remaining(rules, known) == [
         "grub2_password: a container has no boot loader",
         "new_rule: no control answers it",
         "package_aide_installed: aide should hold it",
@@ -225,7 +235,7 @@ def test_a_catalogue_file_that_is_no_list_is_named(tmp_path: Path) -> None:
 
 def test_the_score_table_has_a_row_for_each_profile_that_was_scanned() -> None:
     scores = {"stock": {"standard": Score(21, ("a",) * 16)}, "ours": {"standard": Score(30, ("a",) * 4)}}
-    rows = figures.score_rows(scores, {"stock": 59, "ours": 86})
+    rows = figures.score_rows(scores, {"stock": Lynis(59), "ours": Lynis(86)})
     assert rows == [
         ["passed / failed rules", "stock", "ours"],
         ["standard", "21 / 16", "30 / 4"],
@@ -241,14 +251,14 @@ def test_the_score_table_has_a_row_for_each_profile_that_was_scanned() -> None:
 def test_targets_that_are_met_are_not_spoken_of() -> None:
     scores = {"peer": {"cis_level1_server": Score(270, ("a",) * 56)}, "ours": {"cis_level1_server": Score(310, ("a",))}}
     shares = {(1, "first"): 0.10, (1, "second"): 0.05}
-    assert figures.missed(shares, {"first": 0.05}, scores, {"ours": 85, "peer": 75}) == []
+    assert figures.missed(shares, {"first": 0.05}, scores, {"ours": Lynis(85), "peer": Lynis(75)}) == []
 
 
 def test_each_missed_target_is_a_sentence() -> None:
     many = Score(270, tuple("abcdefghijk"))
     scores = {"peer": {"cis_level1_server": many}, "ours": {"cis_level1_server": many}}
     shares = {(10, "first"): 0.101, (10, "second"): 0.051}
-    assert figures.missed(shares, {"second": 0.06}, scores, {"ours": 84}) == [
+    assert figures.missed(shares, {"second": 0.06}, scores, {"ours": Lynis(84)}) == [
         "nodes=10 run=first: 0.101 of the peer's time, target 0.10",
         "nodes=10 run=second: 0.051 of the peer's time, target 0.05",
         "one more node, run=second: 0.060 of the peer's time, target 0.05",
@@ -357,7 +367,7 @@ def run(wall: float, tasks: int = 2) -> Run:
 
 @pytest.fixture(name="results")
 def some_results(monkeypatch: pytest.MonkeyPatch) -> hardening.Results:
-    monkeypatch.setattr(hardening, "known_rules", dict)
+    monkeypatch.setattr(hardening, "known_rules", lambda *_scanner: {})
     results = hardening.Results({"benchmark": "hardening"})
     for count in (1, 4):
         for which, ours, peer in (("first", 6.0 + count, 86.0 * count), ("second", 2.0 + count / 10, 72.0 * count)):
@@ -366,7 +376,7 @@ def some_results(monkeypatch: pytest.MonkeyPatch) -> hardening.Results:
         results.floors[count] = Floor(0.5, 0.2, 0.9)
     results.scores = {state: {"cis_level1_server": Score(n, ("x",) * (330 - n))} for state, n in
                       (("stock", 218), ("peer", 270), ("ours", 325))}  # fmt: skip
-    results.lynis = {"stock": 59, "peer": 75, "ours": 86}
+    results.lynis = {"stock": Lynis(59), "peer": Lynis(75), "ours": Lynis(86, "3.0.8", ("SSH-7408",))}
     return results
 
 
@@ -383,13 +393,15 @@ def test_the_lines_that_programs_read(results: hardening.Results) -> None:
 
 
 def test_the_file_has_all_that_was_measured_and_what_was_missed(results: hardening.Results) -> None:
-    results.lynis["ours"] = 80
+    results.lynis["ours"] = Lynis(80, "3.0.8", ("SSH-7408",))
     data = json.loads(json.dumps(results.to_dict()))
     assert len(data["runs"]) == 8
     assert data["runs"][0]["task_s"] == [["Harden", 4.2], ["Report", 0.7]]
     assert data["ratios"][0] == {"nodes": 1, "run": "first", "ratio": 0.0814}
     assert data["scores"]["ours"]["cis_level1_server"]["passed"] == 325
     assert data["remaining"]["cis_level1_server"] == ["x: no control answers it"] * 5
+    assert data["remaining"]["lynis"] == ["SSH-7408: no control answers it"]
+    assert data["lynis"]["stock"] == {"index": 59, "version": "", "suggested": []}
     assert data["missed"] == ["Lynis: index 80, target 85"]
 
 
@@ -407,3 +419,10 @@ def test_the_settings_of_both_sides_are_the_same_and_take_the_peer_first(peer: P
     assert "control_path = %(directory)s/%%C" in text
     plays, _variables = hardening.play("peer", hardening.parser().parse_args(["--peer", str(peer)]))
     assert yaml.safe_load(yaml.safe_dump(plays)) == plays
+
+
+def test_the_catalogue_speaks_of_both_scanners_rules() -> None:
+    for scanner in ("openscap_debian12", "lynis"):
+        known = hardening.known_rules(scanner)
+        assert known, scanner
+        assert all(why.controls or why.reason for why in known.values()), scanner

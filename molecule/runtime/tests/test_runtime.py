@@ -33,3 +33,9 @@ def test_the_kubelet_is_enabled_and_waits(host: Host) -> None:
 
 def test_packets_are_forwarded(host: Host) -> None:
     assert host.sysctl("net.ipv4.ip_forward") == 1
+
+
+def test_swap_stays_off_and_crictl_finds_the_runtime(host: Host) -> None:
+    assert host.service("censuschat-no-swap.service").is_enabled
+    assert "unix:///run/containerd/containerd.sock" in host.file("/etc/crictl.yaml").content_string
+    assert host.file("/etc/modules-load.d/censuschat-kubernetes.conf").contains("br_netfilter")
