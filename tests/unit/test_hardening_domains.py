@@ -68,7 +68,10 @@ def audit(case: dict[str, Any]) -> tuple[list[Action], list[str]]:
         case.get("locked", False),
     )
     actions = plan_audit.plan(case["rules"], seen)
-    refused = plan_audit.refused(actions, seen)
+    possible, refused = plan_audit.split(actions, seen)
+    assert [a for a in actions if a not in possible] == (
+        [a for a in actions if a.kind == "audit_rule"] if refused else []
+    )
     if "text" in case:
         assert plan_audit.render(case["rules"], "") == case["text"]
         written = plan_audit.AuditSeen(case["text"], tuple(case.get("loaded", ())))

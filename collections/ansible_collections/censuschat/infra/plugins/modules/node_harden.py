@@ -205,7 +205,8 @@ def main() -> None:
         run=outcome.run,
         token=outcome.token,
         guarded=outcome.guarded,
-        diff=diff_of(outcome.actions),
+        # Each control has its own diff; Ansible's is made only where it is asked for.
+        **({"diff": diff_of(outcome.actions)} if module._diff else {}),
         # The controls are the caller's own data; echoing them would double the answer.
         invocation={"module_args": {"controls": len(module.params["controls"])}},
     )

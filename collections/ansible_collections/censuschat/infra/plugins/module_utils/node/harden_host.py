@@ -57,6 +57,7 @@ _FILES = ("sysctl_file", "module_file", "audit_file")
 _PAM = ("pam_profile", "pam_enable", "pam_disable")
 _FIREWALL = ("firewall", "firewall_file", "firewall_boot")
 _GUARDED = (*_PAM, "pam_line", *_FIREWALL)
+_UNITS = ("systemd", "service")
 _TOGETHER = (*_FILES, "fstab", "audit_rule", *_GUARDED)
 
 
@@ -188,12 +189,11 @@ class Hardening:
         if apart and all(apart):
             control.not_applicable = apart[0]
             return []
-        loading = plan_audit.plan(control.audit, seen.audit) if control.audit else []
+        rules = plan_audit.plan(control.audit, seen.audit) if control.audit else []
         node = state_plan.plan(control.node, seen.node)
-        if not node:
-            problem = plan_audit.refused(loading, seen.audit)
-            if problem:
-                raise NodeError(problem)
+        if not any(a.kind == "package" for a in node):
+            # The package that is about to be installed may be the one that loads them.
+            rules, _problem = plan_audit.split(rules, seen.audit)
         wall = control.firewall
         if wall and self.login:
             problem = plan_firewall.refused(plan_firewall.text_of(wall), self.login.port)
@@ -210,7 +210,7 @@ class Hardening:
                 *plan_mounts.plan(control.mounts, seen.mounts),
                 *plan_pam.plan_profiles(control.profiles, seen.pam),
                 *plan_pam.plan_lines(control.pam_lines, seen.pam),
-                *loading,
+                *rules,
                 *(plan_apparmor.plan(seen.apparmor) if control.apparmor else ()),
                 *(plan_firewall.plan(wall, seen.firewall[wall.table], tables) if wall else ()),
             ]
@@ -227,8 +227,10 @@ class Hardening:
         ]
         if any(a.kind in ("package", "service", "pam_enable") for a in control.actions):
             return found
+        unloaded = plan_audit.split(plan_audit.plan(control.audit, seen.audit), seen.audit)[1] if control.audit else ""
         return [
             *found,
+            *([unloaded] if unloaded else ()),
             *plan_pam.missing(control.pam_lines, seen.pam),
             *(plan_apparmor.judge(seen.apparmor) if control.apparmor else ()),
             *(v for r in control.running for v in plan_running.judge(r, seen.node.units, seen.newer)),
@@ -263,24 +265,38 @@ class Hardening:
         self._together(("module_file",), lambda _actions: self._write(MODPROBE_FILE, self._modules_text()), done)
         self._together(("audit_file",), lambda _actions: self._write(plan_audit.RULES_FILE, self._audit_text()), done)
         self._together(("fstab",), host_mounts.write_fstab, done)
+        self._one_by_one(lambda action: action.kind not in ("package", *_UNITS, *_TOGETHER), done)
+        # Files are in place now; systemd reads them once, and what starts finds all of them.
+        self._together(("systemd",), self._reload_systemd, done)
         switched = self._switch()
-        for control in self._active:
-            executor = state_host.Executor(control.node, self.commands)
-            try:
-                for action in control.actions:
-                    if action.kind != "package" and action.kind not in _TOGETHER:
-                        if not (switched and state_host.switches(action)):
-                            self._apply_one(action, executor)
-                        done[control.id].append(action)
-            except NodeError as error:
-                control.error = str(error)
-            except OSError as error:
-                control.error = reason(error, str(error.filename or "the node"))
+        self._one_by_one(lambda action: action.kind == "service", done, switched=switched)
         self._together(("audit_rule",), lambda _actions: host_audit.load(self.commands), done)
         self._apply_guarded(done)
         for control in self.controls:
             control.changed = bool(done[control.id])
         return done
+
+    def _one_by_one(
+        self, chosen: Callable[[Action], bool], done: dict[str, list[Action]], *, switched: bool = False
+    ) -> None:
+        """Carry out the chosen actions control by control; what `_switch` did, or another control, is not repeated."""
+        served: set[tuple[str, str]] = set()
+        for control in self._active:
+            executor = state_host.Executor(control.node, self.commands)
+            try:
+                for action in filter(chosen, control.actions):
+                    name = (action.target, str(action.payload)) if action.kind == "service" else ("", "")
+                    if not (switched and state_host.switches(action)) and name not in served:
+                        self._apply_one(action, executor)
+                    served |= {name} if name[0] else set()
+                    done[control.id].append(action)
+            except NodeError as error:
+                control.error = str(error)
+            except OSError as error:
+                control.error = reason(error, str(error.filename or "the node"))
+
+    def _reload_systemd(self, _actions: Sequence[Action]) -> None:
+        self.commands.must(["systemctl", "daemon-reload"], "telling systemd about changed unit files")
 
     def _together(
         self, kinds: Sequence[str], apply: Callable[[list[Action]], None], done: dict[str, list[Action]]

@@ -105,14 +105,15 @@ def plan(rules: Sequence[str], seen: AuditSeen) -> list[Action]:
     return actions
 
 
-def refused(actions: Sequence[Action], seen: AuditSeen) -> str:
-    """Why `actions` cannot be carried out now; "" when they can."""
+def split(actions: Sequence[Action], seen: AuditSeen) -> tuple[list[Action], str]:
+    """What of `actions` can be carried out now, and why the rest cannot; the file is written in any case."""
     loading = [action for action in actions if action.kind == "audit_rule"]
+    writing = [action for action in actions if action.kind != "audit_rule"]
     if loading and seen.loaded is None:
-        return f"the kernel's audit rules cannot be read: {seen.problem}"
+        return writing, f"the kernel's audit rules cannot be read: {seen.problem}"
     if loading and seen.locked:
-        return (
+        return writing, (
             f"{len(loading)} audit rules are not loaded, and the loaded ones are locked until the next boot (-e 2): "
             "reboot the node in a maintenance window, the file is read then"
         )
-    return ""
+    return list(actions), ""
