@@ -117,8 +117,9 @@ def lab(*arguments: str) -> None:
         try:
             code = process.wait()
         except BaseException:
-            # `lab down` waits for what of it still makes an image.
-            process.terminate()
+            # With all that it started; `lab down` waits for what of it is still at work.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             raise
     if code:
         raise TrialError(f"`lab {' '.join(arguments)}` ended with {code}; its last lines say why")

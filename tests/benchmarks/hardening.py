@@ -312,18 +312,19 @@ class Bench:
         wall, text, _code = self.playbook(f"{side}-{run}", plays, "-e", json.dumps(variables))
         spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         bytes_after, cpu_after = self._bytes(), self._cpu(names)
+        work = figures.read_play(text)
 
         def moved(kind: str) -> int:
             return sum(bytes_after[f"{kind}_{name}"] - bytes_before[f"{kind}_{name}"] for name in names)
 
         return Run(
             wall_s=wall,
-            work=figures.read_play(text),
+            work=work,
             ssh_bytes=moved("ssh"),
             other_bytes=moved("other"),
             node_cpu_s={name: cpu_after[name] - cpu_before[name] for name in names},
             controller_cpu_s=spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime,
-            settled_s=self.settle(side),
+            settled_s=0.0 if work.failures else self.settle(side),
         )
 
     def floor(self) -> Floor:
