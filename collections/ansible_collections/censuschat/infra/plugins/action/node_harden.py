@@ -59,8 +59,9 @@ class ActionModule(ActionBase):
             result["msg"] = node_troubles.sentence(node, result)
             return result
         outcomes = {c["id"]: c for c in result["controls"]}
-        if token:
-            self._prove(token, guarded, outcomes, task_vars)
+        if token and self._prove(token, guarded, outcomes, task_vars):
+            # What was undone has not changed the node.
+            result["changed"] = any(outcome["result"] == "changed" for outcome in outcomes.values())
         if settings:
             self._sshd(settings, selection, outcomes, result, task_vars)
         result["controls"] = _report(catalogue, selection, outcomes)
@@ -76,8 +77,11 @@ class ActionModule(ActionBase):
 
     def _prove(
         self, token: str, guarded: list[str], outcomes: dict[str, dict[str, Any]], task_vars: dict[str, Any]
-    ) -> None:
-        """Have the node keep what it changed in PAM and firewall when a new connection becomes root, else undo it."""
+    ) -> str:
+        """Have the node keep what it changed in PAM and firewall when a new connection becomes root, else undo it.
+
+        Returns what went wrong, "" when it is kept.
+        """
         problem = sshd_guard.prove(self, token, as_root=True)
         ended = self._execute_module(
             _MODULE, {"phase": "revert" if problem else "confirm", "token": token}, task_vars=task_vars
@@ -88,6 +92,7 @@ class ActionModule(ActionBase):
             problem = f"after the change no new connection was possible: {problem}. It was undone."
         for identifier in guarded if problem else ():
             outcomes[identifier].update(result="failed", detail=problem)
+        return problem
 
     def _sshd(
         self,

@@ -163,7 +163,7 @@ class Hardening:
 
     def _plan(self, controls: Sequence[Held]) -> None:
         self.seen = seen = harden_seen.observe(controls, self.commands)
-        tables = [c.firewall.table for c in self._active if c.firewall]
+        tables = [c.firewall.table for c in self._meant if c.firewall]
         for control in controls:
             if not control.active:
                 continue
@@ -323,14 +323,19 @@ class Hardening:
             return False
         return True
 
+    @property
+    def _meant(self) -> list[Held]:
+        """The controls that files of all controls speak for: one that failed otherwise keeps its lines there."""
+        return [c for c in self.controls if not c.not_applicable]
+
     def _sysctl_text(self) -> str:
-        return harden_plan.render_sysctl({key: value for c in self._active for key, value in c.sysctl.items()})
+        return harden_plan.render_sysctl({key: value for c in self._meant for key, value in c.sysctl.items()})
 
     def _modules_text(self) -> str:
-        return harden_plan.render_modules([m for c in self._active for m in c.modules])
+        return harden_plan.render_modules([m for c in self._meant for m in c.modules])
 
     def _audit_text(self) -> str:
-        return plan_audit.render([r for c in self._active for r in c.audit], harden_plan.HEADER)
+        return plan_audit.render([r for c in self._meant for r in c.audit], harden_plan.HEADER)
 
     def _write(self, path: str, content: str) -> None:
         mode = 0o640 if path == plan_audit.RULES_FILE else 0o644

@@ -19,6 +19,8 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 
 # Files that hold secrets: what changes in them is not shown.
 _SECRET = ("/etc/shadow", "/etc/gshadow", "/etc/ssh/ssh_host_", "/var/lib/pam/")
+# Its stop flushes the tables of all, once our drop-in is gone; ours are taken away by themselves.
+_NEVER_STOPPED = ("nftables.service",)
 # What takes a mount option away again.
 _INVERSE = {"noexec": "exec", "nodev": "dev", "nosuid": "suid", "ro": "rw", "noatime": "atime"}
 
@@ -223,7 +225,7 @@ def _plan_units(
         steps = _switches(before, unit)
         if before.get("running") and not unit.running:
             steps.append(("start", f"is {unit.active}"))
-        elif not before.get("running") and unit.running:
+        elif not before.get("running") and unit.running and name not in _NEVER_STOPPED:
             steps.append(("stop", f"is {unit.active}"))
         elif unit.running and touched and verbs[name] & {"restart", "reload"} and name != "ssh.service":
             steps.append(("restart" if "restart" in verbs[name] else "reload", "its files change"))
