@@ -1,9 +1,10 @@
 """`scripts/bench hardening`: our hardening against devsec.hardening on equal fresh nodes, in one run: time and score.
 
 For each number of nodes a fresh lab of disposable Debian 12 nodes is made, as many for each side (one lab lives on a
-machine at a time: an earlier one has to be gone). Package lists are fetched before the clock starts. Ours runs first,
-so that packages that both install are in the lab's cache for the peer. Both run with the same ansible.cfg (pipelining,
-kept connections, the same forks) and none of the user's. The second run follows the first on the same nodes. Measured:
+machine at a time: an earlier one has to be gone). Package lists are fetched before the clock starts, and each side has
+run once on a node of its own, so that packages come from the lab's cache and no download is measured (--cold leaves
+that out; ours runs first and pays for what both install). Both run with the same ansible.cfg (pipelining, kept
+connections, the same forks) and none of the user's. The second run follows the first on the same nodes. Measured:
 
   ours_s, peer_s  wall time of ansible-playbook, from its start to its end
   tasks, results  of Ansible, over all nodes; the items of a loop are results
@@ -234,9 +235,8 @@ class Bench:
         collections = [options.peer, REPO / "collections"]
         text = ANSIBLE_CFG.format(collections=":".join(map(str, collections)), forks=options.forks, directory=directory)
         (directory / "ansible.cfg").write_text(text, encoding="utf-8")
-        fabric.run(
-            (*fabric.IN_ROUTER, "nft", "-f", "-"), figures.meter_rules({n.name: str(n.address) for n in lab.nodes})
-        )
+        metered = {n.name: str(n.address) for side in SIDES for n in self.side(side)}
+        fabric.run((*fabric.IN_ROUTER, "nft", "-f", "-"), figures.meter_rules(metered))
         self.meters = self._cpu_meters()
 
     def side(self, name: str) -> list[Node]:
@@ -326,6 +326,14 @@ class Bench:
             controller_cpu_s=spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime,
             settled_s=0.0 if work.failures else self.settle(side),
         )
+
+    def warm(self, side: str) -> None:
+        """One run of a side on a node of its own, which brings its packages into the lab's cache."""
+        plays, variables = play(side, self.options)
+        _took, text, _code = self.playbook(f"warm-{side}", aimed(plays, f"warm_{side}"), "-e", json.dumps(variables))
+        failures = figures.read_play(text).failures
+        if failures:
+            raise BenchError(f"{side}, before anything was measured: " + "\n  ".join(failures[:5]))
 
     def floor(self) -> Floor:
         """Medians of the floor's parts, over all of our nodes at once."""
@@ -441,6 +449,11 @@ def play(side: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], 
     )
 
 
+def aimed(plays: list[dict[str, Any]], hosts: str) -> list[dict[str, Any]]:
+    """The same plays on other hosts."""
+    return [{**entry, "hosts": hosts} for entry in plays]
+
+
 def peer_variables(options: argparse.Namespace) -> dict[str, Any]:
     """What differs from the peer's defaults: that which fails in a container, and what the caller adds."""
     given = {"os_auditd_enabled": False, "sysctl_unsupported_entries": figures.kernel_keys(options.peer)}
@@ -448,10 +461,11 @@ def peer_variables(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fresh(count: int, stock: bool, options: argparse.Namespace) -> Iterator[Bench]:
-    """So many fresh nodes for each side, and one that stays as it is; gone afterwards."""
+def fresh(count: int, stock: bool, warm: bool, options: argparse.Namespace) -> Iterator[Bench]:
+    """So many fresh nodes for each side; one that stays as it is, one each to warm the cache with; gone afterwards."""
     wanted = [Trial(f"{side}{number}", (side,)) for side in SIDES for number in range(1, count + 1)]
     wanted += [Trial(STOCK)] if stock else []
+    wanted += [Trial(f"warm-{side}", (f"warm_{side}",)) for side in SIDES] if warm else []
     # A control path has to fit into the 108 characters of a socket's name.
     directory = Path(tempfile.mkdtemp(prefix="bh-"))
     try:
@@ -577,6 +591,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--forks", type=int, default=10, help="nodes that Ansible works on at a time, both sides (10)")
     top.add_argument("--peer-vars", type=mapping, default={}, metavar="JSON", help="further variables for the peer")
+    top.add_argument("--cold", action="store_true", help="do not bring packages into the lab's cache beforehand")
     top.add_argument("--no-score", action="store_true", help="times only")
     top.add_argument(
         "--content", type=Path, metavar="FILE", help="the datastream ssg-debian12-ds.xml, instead of apt's"
@@ -611,7 +626,11 @@ def measure(options: argparse.Namespace, results: Results, save: Callable[[], No
     for position, count in enumerate(options.nodes):
         scored = position == 0 and not options.no_score
         say(f"{count} fresh nodes for each side")
-        with fresh(count, scored, options) as bench:
+        warm = position == 0 and not options.cold
+        with fresh(count, scored, warm, options) as bench:
+            for side in SIDES if warm else ():
+                say(f"{side}, once, for its packages")
+                bench.warm(side)
             for side in SIDES:
                 for run in RUNS:
                     say(f"{side}, {run} run on {count}")
@@ -672,6 +691,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "profile": options.profile,
         "forks": options.forks,
+        "packages": "as the lab's cache has them" if options.cold else "in the lab's cache",
         "peer": {"version": figures.peer_version(options.peer), "variables": peer_variables(options)},
     }
 

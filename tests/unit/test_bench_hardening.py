@@ -426,3 +426,23 @@ def test_the_catalogue_speaks_of_both_scanners_rules() -> None:
         known = hardening.known_rules(scanner)
         assert known, scanner
         assert all(why.controls or why.reason for why in known.values()), scanner
+
+
+def test_each_side_has_equal_nodes_and_one_of_its_own_to_warm_the_cache(
+    peer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[trial.Trial] = []
+
+    def stop(nodes: list[trial.Trial], _name: str) -> None:
+        wanted.extend(nodes)
+        raise trial.TrialError("far enough")
+
+    monkeypatch.setattr(trial, "running", stop)
+    options = hardening.parser().parse_args(["--peer", str(peer)])
+    with pytest.raises(trial.TrialError), hardening.fresh(2, True, True, options):
+        pass
+    assert [node.name for node in wanted] == ["ours1", "ours2", "peer1", "peer2", "stock1", "warm-ours", "warm-peer"]
+    assert {node.suite for node in wanted} == {"bookworm"}
+    plays, _variables = hardening.play("ours", options)
+    assert hardening.aimed(plays, "warm_ours")[0] == {**plays[0], "hosts": "warm_ours"}
+    assert plays[0]["hosts"] == "ours"
