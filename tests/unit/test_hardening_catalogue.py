@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.censuschat.infra.plugins.module_utils.node.controls import PROFILES, Control, catalogue, select
+from ansible_collections.censuschat.infra.plugins.module_utils.node.held import Held
 
 from tools import controls_page
 
@@ -75,6 +76,11 @@ def test_a_control_says_where_it_comes_from_and_why(control: Control) -> None:
     assert len(set(control.references)) == len(control.references)
 
 
+@pytest.mark.parametrize("control", CONTROLS.values(), ids=lambda c: c.id)
+def test_a_node_reads_what_the_controller_sends_of_a_control(control: Control) -> None:
+    assert Held.of(control.wire()).id == control.id
+
+
 def test_profiles_grow_from_level_1_to_level_2() -> None:
     assert set(of("cis_level1")) < set(of("cis_level2"))
     only_baseline = set(of("baseline")) - set(of("cis_level1"))
@@ -89,6 +95,13 @@ def test_no_two_controls_of_a_profile_contradict_each_other(profile: str) -> Non
 def test_a_path_is_written_by_one_control() -> None:
     written = Counter(file["path"] for control in CONTROLS.values() for file in node_of(control, "files"))
     assert [path for path, times in written.items() if times > 1] == []
+
+
+def test_controls_of_one_mount_agree_on_its_options() -> None:
+    options: dict[str, list[str]] = {}
+    for control in CONTROLS.values():
+        for mount in control.state.get("mounts", []):
+            assert options.setdefault(mount["path"], mount["options"]) == mount["options"], control.id
 
 
 def test_nothing_of_ours_locks_the_operators_out() -> None:
