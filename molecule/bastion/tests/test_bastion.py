@@ -42,7 +42,7 @@ def test_a_jumpers_key_is_roots_file_and_the_only_one(host: Host) -> None:
 
 def test_the_table_that_limits_and_logs_is_loaded(host: Host) -> None:
     assert host.service("censuschat-bastion-table.service").is_running
-    assert "censuschat-bastion jump" in host.check_output("nft list ruleset")
+    assert "censuschat-bastion jump" in host.check_output("nft list table inet censuschat_bastion")
 
 
 def test_a_jump_to_another_node_is_possible_and_a_command_is_not(host: Host) -> None:

@@ -52,6 +52,7 @@ def test_nginx_runs_with_a_configuration_that_it_accepts(host: Host) -> None:
     assert host.service("nginx.service").is_running
     assert host.service("nginx.service").is_enabled
     assert host.run("nginx -t -q").rc == 0
+    assert host.check_output("systemctl show -P ReloadResult nginx.service") == "success"
 
 
 def test_the_page_is_served_with_its_headers(host: Host) -> None:
