@@ -48,7 +48,7 @@ from typing import Any
 import yaml
 
 from lab import fabric, machine, nodes, trial
-from lab.cli import EXIT_BAD_INPUT, EXIT_FAILED, Refusal
+from lab.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Refusal
 from lab.images import ImageError, find_mirror
 from lab.paths import PREFIX, REPO, cache
 from lab.topology import Node, Topology, TopologyError
@@ -611,9 +611,8 @@ def problem(options: argparse.Namespace) -> str:
         return f"--content {options.content} is not a file; it is ssg-debian12-ds.xml of the package ssg-debian"
     if options.json and not options.json.parent.is_dir():
         return f"--json {options.json}: its directory is not there"
-    for program in ("ansible-playbook",):
-        if not (BIN / program).is_file():
-            return f"{program} is not in {BIN}; start the benchmark with: scripts/bench hardening"
+    if not (BIN / "ansible-playbook").is_file():
+        return f"ansible-playbook is not in {BIN}; start the benchmark with: scripts/bench hardening"
     try:
         find_mirror()
     except ImageError as error:
@@ -660,6 +659,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {refusal}", file=sys.stderr)
         return EXIT_BAD_INPUT
     results = Results(about(options))
+    print(
+        f"censuschat.infra.hardening, profile {options.profile}, against devsec.hardening "
+        f"{results.about['peer']['version']}; forks {options.forks}, {os.cpu_count()} cores",
+        flush=True,
+    )
     file = options.json or cache() / "bench" / time.strftime("hardening-%Y%m%dT%H%M%SZ.json", time.gmtime())
     file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -670,14 +674,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         measure(options, results, save)
     except (BenchError, FiguresError, TrialError, TopologyError, fabric.FabricError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        print(f"the figures so far are in {file}", file=sys.stderr)
+        if results.runs:
+            print(f"the figures so far are in {file}", file=sys.stderr)
         return EXIT_FAILED
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return refusal.code
     except KeyboardInterrupt:
-        print(f"interrupted; the nodes are removed, the figures so far are in {file}", file=sys.stderr)
-        return 130
+        so_far = f"; the figures so far are in {file}" if results.runs else ""
+        print(f"interrupted; the nodes are removed{so_far}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(summary(results))
     print(f"all figures: {file}")
     return EXIT_FAILED if results.missed() else 0
