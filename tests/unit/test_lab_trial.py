@@ -150,7 +150,12 @@ def test_only_the_lab_of_the_inventory_that_is_named_is_taken_down(
     monkeypatch.setattr(verbs, "need_root", lambda: None)
     monkeypatch.setattr(verbs, "LOCK", tmp_path / "lock")
     monkeypatch.setattr(verbs, "recorded", lambda: tmp_path / there if there else None)
-    monkeypatch.setattr(verbs, "play", lambda *_arguments, **_options: print("removed") or 0)
+
+    def play(*_arguments: object, **_options: object) -> int:
+        print("removed")
+        return 0
+
+    monkeypatch.setattr(verbs, "play", play)
     options = cli.parser().parse_args(["down", "--inventory", str(tmp_path / "mine")])
     assert verbs.down(options) == 0
     assert capsys.readouterr().out.startswith(code)
