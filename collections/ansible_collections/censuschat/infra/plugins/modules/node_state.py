@@ -269,6 +269,23 @@ EXAMPLES = r"""
         state: started
         reload_on: [/etc/haproxy/haproxy.cfg]
   become: true
+
+- name: Have a package that no list has, in one version, and nothing else among the keys
+  censuschat.infra.node_state:
+    packages:
+      archives:
+        - name: filebeat
+          version: 9.2.1
+          url: https://mirror.example.com/filebeat-9.2.1-amd64.deb
+          checksum: sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae
+      held: [filebeat]
+    directories:
+      - path: /etc/ssh/keys
+        exclusive: true
+    files:
+      - path: /etc/ssh/keys/ada
+        content: "{{ ada_key }}"
+  become: true
 """
 
 RETURN = r"""
