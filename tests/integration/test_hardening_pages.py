@@ -1,4 +1,4 @@
-"""The evidence of a real node's hardening, and its page in a real browser: accessible, escaped, on a phone, on paper."""
+"""The evidence of a real node's hardening, and its page in a real browser: accessible, escaped, also on a phone."""
 
 from __future__ import annotations
 

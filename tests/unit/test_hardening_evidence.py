@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from ansible.parsing.vault import VaultLib, VaultSecret
 from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence import documents, files
 from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence.redact import HIDDEN, LONGEST, cleaned, redact
 from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence.report import (
@@ -352,6 +354,19 @@ def test_page_says_reasons_trend_and_each_control(hostile: Any) -> None:
     assert "no report" in "".join(page_of(hostile).itertext())
 
 
+def test_page_tells_the_same_change_of_many_nodes_once() -> None:
+    names = tuple(f"n{i}" for i in range(9))
+    first, _ = ended(None, at(0), *[reported(name, "a", "b") for name in names], expected=names)
+    assert documents.changes(first) == []
+    broken = control("b", "changed", "it was 1")
+    found = [reported(name, "a=failed", "b" if name == "n3" else broken) for name in names]
+    second, _ = ended(first, at(1), *found, expected=names)
+    assert [(c["nodes"], len(c["repaired"])) for c in documents.changes(second)] == [
+        (["n3"], 0),
+        ([name for name in names if name != "n3"], 1),
+    ]
+
+
 def test_style_is_the_runbooks() -> None:
     """The collection comes without the runbooks' package, so it has the palette twice."""
     palette = re.compile(r"--[\w-]+: #\w+")
@@ -638,7 +653,6 @@ TASKS = """
         - name: Keep
           censuschat.infra.hardening_evidence:
             expected: "{{ groups['nodes'] }}"
-            secrets: ["{{ spoken }}"]
           run_once: true
 """
 
@@ -655,7 +669,7 @@ def ansible(playbook: Path, *options: str) -> dict[str, Any]:
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert "{" in done.stdout, done.stderr
     data: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])[0]
@@ -670,11 +684,16 @@ def harden(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable, "controls": passing}
     far = {"ansible_host": "127.0.0.1", "ansible_port": 9}
     hosts = {"lost": far, "broken": {**local, "prepare": "false"}, "bad": {**local, "controls": failing}, "good": local}
-    inventory = {"all": {"children": {"nodes": {"hosts": hosts}}, "vars": {"place": str(tmp_path), "spoken": CANARY}}}
+    inventory = {"all": {"children": {"nodes": {"hosts": hosts}}, "vars": {"place": str(tmp_path)}}}
     (tmp_path / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    (tmp_path / "password").write_text("of the vault")
+    vaulted = VaultLib([("default", VaultSecret(b"of the vault"))]).encrypt(CANARY).decode()
+    (tmp_path / "group_vars").mkdir()
+    (tmp_path / "group_vars/all.yml").write_text("spoken: !vault |\n" + textwrap.indent(vaulted, "  "))
     (tmp_path / "play.yml").write_text(TASKS)
 
-    return functools.partial(ansible, tmp_path / "play.yml", "-i", str(tmp_path / "hosts.yml"))
+    unlocked = ("--vault-password-file", str(tmp_path / "password"))
+    return functools.partial(ansible, tmp_path / "play.yml", "-i", str(tmp_path / "hosts.yml"), *unlocked)
 
 
 def kept(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -83,23 +84,21 @@ def _by_reason(report: Mapping[str, Any], result: str) -> list[dict[str, Any]]:
 
 
 def changes(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What became different on each node, newest first: its trend, and the newest repairs."""
-    told = []
+    """What became different, newest first: one entry for all nodes with the same trend and the same repairs."""
+    told: dict[str, dict[str, Any]] = {}
     for node in report["nodes"]:
         trend = node["trend"]
         moments = {trend["at"]} if any(trend[name] for name in model.TRENDS) else set()
         repaired = [c for c in node["controls"] if c.get("repaired")]
         newest = max((c["repaired"]["at"] for c in repaired), default=None)
         for at in moments | ({newest} if newest else set()):
-            told.append(
-                {
-                    "node": node["name"],
-                    "at": at,
-                    "trend": trend if at in moments else None,
-                    "repaired": [c for c in repaired if c["repaired"]["at"] == at],
-                }
-            )
-    return sorted(told, key=lambda each: (each["at"], each["node"]), reverse=True)
+            entry = {
+                "at": at,
+                "trend": trend if at in moments else None,
+                "repaired": [{"id": c["id"], **c["repaired"]} for c in repaired if c["repaired"]["at"] == at],
+            }
+            told.setdefault(json.dumps(entry), {**entry, "nodes": []})["nodes"].append(node["name"])
+    return sorted(told.values(), key=lambda each: (each["at"], each["nodes"]), reverse=True)
 
 
 def chart(report: Mapping[str, Any], most: int = 30) -> list[dict[str, Any]]:
