@@ -99,6 +99,34 @@ def test_bytes_mode_links_and_directories_come_back(tmp_path: Path) -> None:
     assert put_back(root, "run-1") == ([], []), "a second rollback found something to do"
 
 
+def test_only_owner_and_mode_come_back_where_only_they_were_changed(tmp_path: Path) -> None:
+    """A log goes on being written; its bytes are neither kept nor put back."""
+    log = write(tmp_path, "/var/log/dpkg.log", "first\n", 0o644)
+    keeper = Keeper("run-1", root=str(tmp_path))
+    keeper.before([Action("permission", "/var/log/dpkg.log", "")])
+    log.chmod(0o640)
+    keeper.after()
+    log.write_text("first\nsecond\n")
+    assert "first" not in (tmp_path / keep.DIRECTORY.lstrip("/") / "run-1" / keep.JOURNAL).read_text()
+    assert put_back(tmp_path, "run-1") == ([], ["/var/log/dpkg.log"])
+    assert (log.read_text(), log.stat().st_mode & 0o777) == ("first\nsecond\n", 0o644)
+    log.unlink()
+    assert put_back(tmp_path, "run-1") == ([], []), "a log that was rotated away is nobody's to make"
+
+
+def test_mode_of_one_run_and_bytes_of_the_next_both_come_back(tmp_path: Path) -> None:
+    file = write(tmp_path, "/etc/crontab", "old\n", 0o644)
+    for number, mode, text in (("1", 0o600, ""), ("2", 0o400, "new\n")):
+        keeper = Keeper(f"run-{number}", root=str(tmp_path))
+        keeper.before([Action("file" if text else "permission", "/etc/crontab", "")])
+        file.chmod(0o600)
+        file.write_text(text or file.read_text())
+        file.chmod(mode)
+        keeper.after()
+    assert put_back(tmp_path, "run-1") == ([], ["/etc/crontab"])
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("old\n", 0o644)
+
+
 def test_what_something_else_changed_since_is_refused_and_stays(tmp_path: Path) -> None:
     file = write(tmp_path, "/etc/issue", "Debian\n")
     keeper = Keeper("run-1", root=str(tmp_path))
@@ -144,7 +172,7 @@ def test_what_is_kept_is_for_its_owner_alone_and_large_files_stand_beside(tmp_pa
     write(tmp_path, "/etc/shadow", "root:secret:1::::::\n", 0o640)
     large = write(tmp_path, "/var/lib/large", "x" * (keep.INLINE_BYTES + 1))
     keeper = Keeper("run-1", root=str(tmp_path))
-    keeper.before([Action("user", "ops", ""), Action("file", "/var/lib/large", "")])
+    keeper.before([Action("file", "/etc/shadow", ""), Action("file", "/var/lib/large", "")])
     directory = tmp_path / keep.DIRECTORY.lstrip("/") / "run-1"
     assert directory.stat().st_mode & 0o077 == 0
     assert all(path.stat().st_mode & 0o077 == 0 for path in directory.iterdir())

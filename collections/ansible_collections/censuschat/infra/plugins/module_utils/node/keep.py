@@ -31,14 +31,6 @@ DIRECTORY = "/var/lib/censuschat-hardening/runs"
 JOURNAL = "manifest.jsonl"
 # Larger files stand beside the journal instead of in it.
 INLINE_BYTES = 256 * 1024
-ACCOUNT_FILES = (
-    "/etc/passwd",
-    "/etc/shadow",
-    "/etc/group",
-    "/etc/gshadow",
-    "/etc/subuid",
-    "/etc/subgid",
-)
 PAM_STACKS = ("auth", "account", "password", "session", "session-noninteractive")
 PAM_FILES = tuple(f"/etc/pam.d/common-{name}" for name in PAM_STACKS) + tuple(
     f"/var/lib/pam/{name}" for name in ("seen", *PAM_STACKS)
@@ -68,10 +60,11 @@ class Stands:
     data: str = ""
     beside: str = ""
 
-    def same(self, other: Stands) -> bool:
-        """Equal in all that a rollback restores."""
-        mine = (self.kind, self.owner, self.group, self.mode, self.digest)
-        return mine == (other.kind, other.owner, other.group, other.mode, other.digest)
+    def same(self, other: Stands, *, attributes: bool = False) -> bool:
+        """Equal in all that a rollback restores; `attributes`: whatever its bytes are."""
+        mine = (self.kind, self.owner, self.group, self.mode)
+        alike = mine == (other.kind, other.owner, other.group, other.mode)
+        return alike and (attributes or self.digest == other.digest)
 
     @staticmethod
     def of(data: Mapping[str, Any]) -> Stands:
@@ -81,8 +74,11 @@ class Stands:
         return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
 
-def look(path: str, *, root: str = "", keep_in: str = "") -> Stands:
-    """What stands at `path` below `root`; with `keep_in` also its bytes, large ones in a file of that directory."""
+def look(path: str, *, root: str = "", keep_in: str = "", attributes: bool = False) -> Stands:
+    """What stands at `path` below `root`; with `keep_in` also its bytes, large ones in a file of that directory.
+
+    `attributes`: its bytes are not looked at.
+    """
     real = root + path
     try:
         info = os.lstat(real)
@@ -101,6 +97,8 @@ def look(path: str, *, root: str = "", keep_in: str = "") -> Stands:
         return Stands("directory", **about)
     if not stat.S_ISREG(info.st_mode):
         return Stands("other", **about)
+    if attributes:
+        return Stands("file", **about)
     with open(real, "rb") as handle:
         content = handle.read()
     if not keep_in:
@@ -131,8 +129,6 @@ def paths_of(action: Action) -> list[str]:
         return [FILES_OF[action.kind]]
     if action.kind == "setting":
         return [item.path]
-    if action.kind in ("user", "group"):
-        return list(ACCOUNT_FILES)
     if action.kind in ("pam_enable", "pam_disable"):
         return list(PAM_FILES)
     if action.kind == "hostname":
@@ -160,6 +156,9 @@ def live_of(action: Action, units: Mapping[str, UnitState]) -> dict[str, Any]:
         return {"kind": "kernel", "key": action.target, "before": action.before.partition(" = ")[2].strip()}
     if action.kind == "package":
         return {"kind": "package", "name": action.target, "verb": action.detail.split()[0]}
+    if action.kind in ("user", "group"):
+        # Packages write the same files: putting those back would take their accounts away.
+        return {"kind": "account", "name": f"{action.kind} {action.target}", "detail": action.detail}
     if action.kind == "hold":
         return {"kind": "hold", "name": action.target, "verb": action.detail}
     if action.kind == "module":
@@ -181,7 +180,8 @@ class Keeper:
         self.run = run
         self.root = root
         self.directory = f"{root}{DIRECTORY}/{run}"
-        self.paths: list[str] = []
+        # Each noted path, and whether only its owner, group and mode are changed.
+        self.paths: dict[str, bool] = {}
         self._live: set[str] = set()
         self._open = False
 
@@ -195,7 +195,7 @@ class Keeper:
         try:
             for action in actions:
                 for path in paths_of(action):
-                    lines += self._path(path, tree=action.kind == "absent")
+                    lines += self._path(path, tree=action.kind == "absent", attributes=action.kind == "permission")
                 live = live_of(action, units or {})
                 name = json.dumps(live, sort_keys=True)
                 if live and name not in self._live:
@@ -203,7 +203,7 @@ class Keeper:
                     lines.append(live)
             self._append(lines)
         except OSError as error:
-            self.paths = []
+            self.paths = {}
             raise NodeError(
                 f"what this run would replace cannot be kept in {DIRECTORY}, so nothing was changed: "
                 f"{reason(error, DIRECTORY)}"
@@ -215,22 +215,28 @@ class Keeper:
 
     def after(self) -> None:
         """Tell what the noted paths have become."""
-        lines = [{"kind": "after", "path": p, "after": look(p, root=self.root).wire()} for p in self.paths]
-        self.paths = []
+        lines = [
+            {"kind": "after", "path": path, "after": look(path, root=self.root, attributes=attributes).wire()}
+            for path, attributes in self.paths.items()
+        ]
+        self.paths = {}
         try:
             self._append(lines)
         except OSError as error:
             raise NodeError(f"what this run has changed cannot be noted: {reason(error, DIRECTORY)}") from error
 
-    def _path(self, path: str, *, tree: bool) -> list[dict[str, Any]]:
+    def _path(self, path: str, *, tree: bool, attributes: bool) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         parent = os.path.dirname(path)
-        if path in self.paths:
+        if path in self.paths and (attributes or not self.paths[path]):
             return found
         if parent != "/" and parent not in self.paths and not os.path.isdir(self.root + parent):
-            found += self._path(parent, tree=False)
+            found += self._path(parent, tree=False, attributes=False)
         self._make()
-        self.paths.append(path)
+        self.paths[path] = attributes
+        if attributes:
+            before = look(path, root=self.root, attributes=True)
+            return [{"kind": "path", "path": path, "before": before.wire(), "attributes": True}]
         before = look(path, root=self.root, keep_in=self.directory)
         if tree and before.kind == "directory":
             before = dataclasses.replace(before, beside=self._archive(path))

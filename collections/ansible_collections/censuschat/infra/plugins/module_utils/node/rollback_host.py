@@ -71,6 +71,9 @@ def restore(chain: Chain, root: str = "") -> None:
     """Put back what stood at one path: bytes, owner, group and mode."""
     path, before = root + chain.path, chain.before
     try:
+        if chain.attributes:
+            set_attributes(path, before.owner, before.group, int(before.mode, 8))
+            return
         if before.kind == "absent":
             _remove(path)
         elif before.kind == "directory":
@@ -183,6 +186,8 @@ def _kept(action: Action) -> Action:
     """The action in the form whose mutations the journal knows."""
     if action.kind == "restore":
         chain: Chain = action.payload
+        if chain.attributes:
+            return Action("permission", action.target, action.detail)
         # Taking away what a run had made may take a directory away.
         return Action("absent" if chain.before.kind == "absent" else "file", action.target, action.detail)
     if action.kind in ("umount", "remount_back"):

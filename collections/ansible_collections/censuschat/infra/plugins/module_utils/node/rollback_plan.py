@@ -38,6 +38,8 @@ class Chain:
     run: str
     known: tuple[Stands, ...]
     settled: bool
+    attributes: bool = False
+    """Only owner, group and mode were changed: its bytes are somebody else's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +83,17 @@ def chains(lines: Iterable[Mapping[str, Any]]) -> dict[str, Chain]:
     for line in lines:
         if line["kind"] == "path":
             before = Stands.of(line["before"])
+            attributes = bool(line.get("attributes"))
             old = found.get(line["path"])
             if old is None:
-                found[line["path"]] = Chain(line["path"], before, line["run"], (before,), False)
-            else:
-                found[line["path"]] = dataclasses.replace(old, known=(*old.known, before), settled=False)
+                found[line["path"]] = Chain(line["path"], before, line["run"], (before,), False, attributes)
+                continue
+            if old.attributes and not attributes:
+                # Its bytes are ours from here on; its owner and mode were before.
+                about = {"owner": old.before.owner, "group": old.before.group, "mode": old.before.mode}
+                whole = dataclasses.replace(before, **about)
+                old = dataclasses.replace(old, before=whole, run=line["run"], attributes=False)
+            found[line["path"]] = dataclasses.replace(old, known=(*old.known, before), settled=False)
         elif line["kind"] == "after" and line["path"] in found:
             old = found[line["path"]]
             known = (*old.known, Stands.of(line["after"]))
@@ -142,14 +150,16 @@ def _plan_paths(found: Mapping[str, Chain], now: Now, *, force: bool) -> tuple[l
     # In reverse: what was made last goes first, so that a directory is empty when its turn comes.
     for chain in reversed(list(found.values())):
         stands = now.paths.get(chain.path, Stands())
-        if stands.same(chain.before):
+        only = chain.attributes
+        if stands.same(chain.before, attributes=only) or (only and stands.kind != chain.before.kind):
             continue
-        if chain.settled and not force and not any(stands.same(known) for known in chain.known):
+        if chain.settled and not force and not any(_ours(stands, known, chain) for known in chain.known):
             refused.append(
                 f"{chain.path} was changed by something else since: look at it, then force the rollback or put it back"
             )
             continue
-        before, after = text_of(stands, chain.path), text_of(chain.before, chain.path)
+        shown_now = dataclasses.replace(stands, data="") if only else stands
+        before, after = text_of(shown_now, chain.path), text_of(chain.before, chain.path)
         kind = (
             "sshd_file"
             if chain.path.startswith(("/etc/ssh/sshd_config", "/etc/systemd/system/ssh.socket.d/"))
@@ -158,6 +168,11 @@ def _plan_paths(found: Mapping[str, Chain], now: Now, *, force: bool) -> tuple[l
         detail = "remove" if chain.before.kind == "absent" else f"{chain.before.kind} as it was"
         actions.append(Action(kind, chain.path, detail, chain, before, after))
     return actions, refused
+
+
+def _ours(stands: Stands, known: Stands, chain: Chain) -> bool:
+    """Whether what stands is a state that a run knew; one noted without bytes is known by its attributes."""
+    return stands.same(known, attributes=chain.attributes or (known.kind == "file" and not known.digest))
 
 
 def text_of(stands: Stands, path: str) -> str:
@@ -177,6 +192,8 @@ def _plan_packages(first: Mapping[tuple[str, str], Mapping[str, Any]], now: Now)
             actions.append(Action("package", name, "install", name, "absent\n", "installed\n"))
         elif kind == "package" and entry["verb"] == "install" and name in now.installed:
             left.append(f"package {name} stays installed: remove it by hand if nothing needs it")
+        elif kind == "account":
+            left.append(f"{name} stays as the run made it ({entry['detail']}): put it right by hand where it matters")
         elif kind == "hold" and (entry["verb"] == "hold") == (name in now.held):
             actions.append(Action("hold", name, "unhold" if entry["verb"] == "hold" else "hold"))
     return actions, left
