@@ -13,7 +13,8 @@ description:
   - Puts back what a run of M(censuschat.infra.node_harden) and all runs after it replaced on this node. Files with
     their bytes, owner, group and mode, kernel values, mounts, the state of services, the loaded firewall tables and
     audit rules.
-  - Packages that were removed are installed again. Packages that were installed stay and are named in RV(left).
+  - Packages that were removed are installed again. Packages that were installed, and accounts and groups that were made
+    or changed, stay and are named in RV(left). Where only owner and mode were changed only they come back.
   - A file that something else has changed since is refused by name, and then nothing is changed.
   - sshd's files come back with the same proof and timed revert as M(censuschat.infra.sshd_config).
   - A second rollback to the same run changes nothing. A rollback is a run itself and can be rolled back.
