@@ -30,6 +30,7 @@ from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence.report i
     begin,
     end,
     seen,
+    unix,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,9 @@ def without_times(report: Any) -> Any:
         (None, {"msg": "no python3"}, True, "no_report", "failed before its hardening: Prepare: no python3"),
         (None, {"unreachable": True, "msg": "gone"}, True, "unreachable", "gone"),
         (None, None, True, "unreachable", "it did not answer before its hardening"),
+        ({"begun": True, "changed": False}, None, True, "unreachable", "it did not answer before its hardening"),
+        ({"begun": True}, {"msg": "no python3"}, True, "no_report", "failed before its hardening: Prepare: no python3"),
+        ({"controls": [{"id": "a"}]}, None, False, "no_report", "its report has controls without id or result"),
         (None, None, False, "no_report", "the run did not come to its hardening"),
         ({"skipped": True}, None, False, "no_report", "its hardening was skipped by a condition"),
         ({"censored": "hidden", "changed": False}, None, False, "no_report", "its report is hidden by no_log"),
@@ -538,7 +542,7 @@ def test_files_are_whole_private_and_the_metrics_are_for_all(tmp_path: Path) -> 
     assert copy.read_text() == (place / "hardening.prom").read_text()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", ""])
+@pytest.mark.parametrize("content", ["{", "[]", "", '{"schema": 1}', '{"schema": 1, "begun": 3, "nodes": [{}]}'])
 def test_report_that_is_none_is_refused_and_left(tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(EvidenceError, match="Put it away"):
@@ -606,12 +610,21 @@ def test_lock_that_is_never_given_back_is_said(tmp_path: Path, monkeypatch: pyte
 def test_process_is_over_when_it_is(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     name = files.process(child.pid)
-    begun = {"here": {"process": name}, "elsewhere": {"process": f"elsewhere/boot/{child.pid}/1"}, "old": {}}
+    began = at(0).at
+    begun = {
+        "here": {"began": began, "process": name},
+        "elsewhere": {"began": began, "process": f"elsewhere/boot/{child.pid}/1"},
+    }
     assert name
-    assert files.over(begun) == []
+    assert files.over(begun, unix(began) + 80_000) == []
     child.communicate(b"\n")
-    assert files.over(begun) == ["here"]
+    assert files.over(begun, unix(began) + 80_000) == ["here"]
+    assert files.over(begun, unix(began) + 90_000) == ["here", "elsewhere"]
     assert files.process(child.pid) == ""
+
+
+def test_run_whose_end_nobody_could_tell_is_not_noted() -> None:
+    assert begin(None, at(0), ["n1"], "lab")["begun"] == {}
 
 
 def test_directory_when_nobody_says() -> None:
@@ -634,6 +647,7 @@ TASKS = """
       censuschat.infra.hardening_evidence:
         state: begun
       run_once: true
+      register: hardening_report
     - block:
         - name: Prepare
           ansible.builtin.command: "{{ prepare | default('true') }}"

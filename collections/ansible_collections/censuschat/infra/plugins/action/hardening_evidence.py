@@ -55,12 +55,13 @@ class ActionModule(ActionBase):
             old = files.read(directory)
             report, differs, planned = _planned(given, task_vars, directory, old)
             paths = [*(os.path.join(directory, p) for p in (*planned.write, *planned.remove)), *planned.copies]
-            return {**_result(directory, report, changed=differs, old=old), "would_write": paths}
+            done = _result(directory, report, changed=differs, old=old, begun=given["state"] == "begun")
+            return {**done, "would_write": paths}
         with files.locked(directory):
             old = files.read(directory)
             report, differs, planned = _planned(given, task_vars, directory, old)
             files.apply(directory, planned)
-        return _result(directory, report, changed=differs, old=old)
+        return _result(directory, report, changed=differs, old=old, begun=given["state"] == "begun")
 
 
 def _planned(
@@ -71,23 +72,18 @@ def _planned(
     process = files.process(os.getppid())
     identifier = f"{now:%Y%m%dT%H%M%SZ}-{os.getppid()}"
     run = model.Run(identifier, model.iso(now), model.iso(now), process)
-    over = files.over(old.get("begun", {}) if old else {})
+    over = files.over(old["begun"] if old else {}, now.timestamp())
     environment = given["environment_name"]
     there = files.kept(directory)
     copy = given["metrics"] or ""
-    try:
-        if given["state"] == "begun":
-            report = model.begin(old, run, _nodes(task_vars), environment, over=over, keep=given["keep"])
-            return report, False, files.plan(report, there, given["keep"], entry=False, copy=copy)
-        found = list(_found(task_vars, given["report"]))
-        known = [node["name"] for node in old["nodes"]] if old else []
-        expected = known if given["expected"] is None else given["expected"]
-        secrets = [*given["secrets"], *_vaulted(task_vars, given["report"])]
-        report, differs = model.end(
-            old, run, found, expected, environment, secrets=secrets, over=over, keep=given["keep"]
-        )
-    except (KeyError, TypeError) as error:
-        raise model.EvidenceError(f"{directory} has no report of this form ({error!r}); put it away") from error
+    if given["state"] == "begun":
+        report = model.begin(old, run, _nodes(task_vars), environment, over=over, keep=given["keep"])
+        return report, False, files.plan(report, there, given["keep"], entry=False, copy=copy)
+    found = list(_found(task_vars, given["report"]))
+    known = [node["name"] for node in old["nodes"]] if old else []
+    expected = known if given["expected"] is None else given["expected"]
+    secrets = [*given["secrets"], *_vaulted(task_vars, given["report"])]
+    report, differs = model.end(old, run, found, expected, environment, secrets=secrets, over=over, keep=given["keep"])
     return report, differs, files.plan(report, there, given["keep"], entry=differs, copy=copy)
 
 
@@ -102,12 +98,18 @@ def _check(given: Mapping[str, Any]) -> None:
 
 
 def _result(
-    directory: str, report: Mapping[str, Any], *, changed: bool, old: Mapping[str, Any] | None = None
+    directory: str,
+    report: Mapping[str, Any],
+    *,
+    changed: bool,
+    old: Mapping[str, Any] | None = None,
+    begun: bool = False,
 ) -> dict[str, Any]:
     sides = ["".join(f"{line}\n" for line in documents.summary(each)) if each else "" for each in (old, report)]
     diff = {"before": sides[0], "after": sides[1], "before_header": directory, "after_header": directory}
     return {
         **({"diff": diff} if changed else {}),
+        "begun": begun,
         "changed": changed,
         "directory": directory,
         "page": os.path.join(directory, files.PAGE),
@@ -127,7 +129,8 @@ def _found(task_vars: Mapping[str, Any], name: str) -> Iterator[model.Seen]:
     for node in _nodes(task_vars):
         variables = task_vars["hostvars"][node]
         report, failure = variables.get(name), variables.get("ansible_failed_result")
-        if not report and not failure and node in left and node not in turn:
+        told = failure or (isinstance(report, Mapping) and report and not report.get("begun"))
+        if not told and node in left and node not in turn:
             # Of a batch that is still to come (serial).
             continue
         task = variables.get("ansible_failed_task") or {}

@@ -32,7 +32,10 @@ options:
     description:
       - V(present) brings the report to the results of this run.
       - V(begun) notes that a run begins. Should it end without V(present), because no node could be reached or because
-        it was killed, then the page says so at once, and the next run tells its nodes as nodes without a report.
+        it was killed, then the page says so at once, and the next run tells its nodes as nodes without a report (after a day, when it
+        was begun on another machine). On a controller without C(/proc) it notes nothing.
+      - Register V(begun) under the name that O(report) has. It then takes the place of a report that an earlier play of
+        the same C(ansible-playbook) left.
       - V(shown) reads the report and changes nothing.
     type: str
     choices: [present, begun, shown]
@@ -94,6 +97,7 @@ EXAMPLES = r"""
         state: begun
         environment_name: production
       run_once: true
+      register: hardening_report
 
     - name: Harden
       block:
@@ -110,6 +114,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+begun:
+  description: Whether this only noted that a run begins.
+  returned: success
+  type: bool
 directory:
   description: Where the evidence is.
   returned: success

@@ -19,9 +19,11 @@ from typing import Any
 
 from ansible_collections.censuschat.infra.plugins.module_utils.upkeep.common import UpkeepError, alone, write_whole
 from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence import documents
-from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence.report import EvidenceError
+from ansible_collections.censuschat.infra.plugins.plugin_utils.evidence.report import EvidenceError, unix, whole
 
 STATE, PAGE, METRICS, HISTORY, LOCK = "report.json", "index.html", "hardening.prom", "history", ".lock"
+FOREIGN_S = 86400.0
+"""Seconds after which a run that another machine began is taken to be over; the longest take hours."""
 WAIT_S = 60.0
 """Seconds to wait for another run that writes; that takes well under one."""
 
@@ -53,9 +55,10 @@ def read(directory: str) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise EvidenceError(f"{path} cannot be read: {error}. {_put_away(directory)}") from error
-    if not isinstance(loaded, dict):
+    if not whole(loaded):
         raise EvidenceError(f"{path} is no report. {_put_away(directory)}")
-    return loaded
+    report: dict[str, Any] = loaded
+    return report
 
 
 def _put_away(directory: str) -> str:
@@ -152,15 +155,19 @@ def process(pid: int) -> str:
     return f"{socket.gethostname()}/{_boot()}/{pid}/{started}" if started else ""
 
 
-def over(begun: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Ids of the begun runs whose process on this machine is no more. Those of other machines may go on."""
+def over(begun: Mapping[str, Mapping[str, Any]], now: float) -> list[str]:
+    """Ids of the begun runs that are over: their process on this machine is no more.
+
+    Of another machine's (a job of AWX has one of its own) only age tells. now: seconds since 1970.
+    """
     gone = []
     for identifier, run in begun.items():
-        parts = str(run.get("process", "")).split("/")
+        parts = str(run["process"]).split("/")
         if len(parts) == 4 and parts[0] == socket.gethostname():
-            same = parts[1] == _boot() and parts[2].isdigit() and _started(int(parts[2])) == parts[3]
-            if not same:
+            if not (parts[1] == _boot() and parts[2].isdigit() and _started(int(parts[2])) == parts[3]):
                 gone.append(identifier)
+        elif now - unix(run["began"]) > FOREIGN_S:
+            gone.append(identifier)
     return gone
 
 

@@ -68,14 +68,17 @@ def seen(node: str, report: Any, failure: Any, removed: bool, task: str = "") ->
     """What came of a node, from what Ansible knows of it.
 
     report: what node_harden's task registered, if it did. failure: the result of the task that failed before it, and
-    task: its name. removed: the play went on without the node.
+    task: its name. removed: the play went on without the node. What `begun` registered is no report: it takes the place
+    of one that an earlier play of the same run left.
     """
-    report = report if isinstance(report, Mapping) else {}
+    report = report if isinstance(report, Mapping) and not report.get("begun") else {}
     failure = failure if isinstance(failure, Mapping) else {}
     if report.get("unreachable"):
         return Seen(node, "unreachable", _why(report) or "it did not answer")
     if isinstance(report.get("controls"), Sequence) and not report.get("censored"):
-        return Seen(node, "reported", result=report)
+        if all(isinstance(c, Mapping) and c.get("id") and c.get("result") for c in report["controls"]):
+            return Seen(node, "reported", result=report)
+        return Seen(node, "no_report", "its report has controls without id or result; is it node_harden's?")
     if report.get("censored"):
         return Seen(node, "no_report", "its report is hidden by no_log; take no_log from the role's task")
     if report.get("skipped"):
@@ -114,7 +117,9 @@ def begin(
     if run.process and report["run"].get("process") == run.process:
         # The next batch of the same run.
         run = dataclasses.replace(run, id=report["run"]["id"], began=report["run"]["began"])
-    report["begun"][run.id] = {"began": run.began, "nodes": sorted(map(printable, nodes)), "process": run.process}
+    if run.process:
+        # Of a process that has no name nobody could tell that it is over.
+        report["begun"][run.id] = {"began": run.began, "nodes": sorted(map(printable, nodes)), "process": run.process}
     del report["history"][:-keep]
     return _derived(report)
 
@@ -187,6 +192,18 @@ def _base(old: Mapping[str, Any] | None, environment: str) -> dict[str, Any]:
     if old.get("environment") != environment:
         raise EvidenceError(f"it is of the environment {old.get('environment')!r}, not of {environment!r}")
     return copy.deepcopy(dict(old))
+
+
+def whole(report: Any) -> bool:
+    """Whether it has the form of a report, as far as `begin` and `end` build on it."""
+    try:
+        lists = isinstance(report["history"], list) and isinstance(report["controls"], list)
+        begun = all({"began", "nodes", "process"} <= set(run) for run in report["begun"].values())
+        nodes = all({*_unknown(""), "counts"} <= set(node) for node in report["nodes"])
+        results = all({"id", "result", "detail"} <= set(c) for node in report["nodes"] for c in node["controls"])
+        return lists and begun and nodes and results and {"schema", "environment", "runs", "run"} <= set(report)
+    except (AttributeError, KeyError, TypeError):
+        return False
 
 
 def _adopted(report: Mapping[str, Any], run: Run) -> Run:
