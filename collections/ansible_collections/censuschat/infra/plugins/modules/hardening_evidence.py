@@ -32,8 +32,9 @@ options:
     description:
       - V(present) brings the report to the results of this run.
       - V(begun) notes that a run begins. Should it end without V(present), because no node could be reached or because
-        it was killed, then the page says so at once, and the next run tells its nodes as nodes without a report (after a day, when it
-        was begun on another machine). On a controller without C(/proc) it notes nothing.
+        it was killed, then the page says so at once, and the next run tells its nodes as nodes without a report. Of a
+        run that was begun on another machine that is told after a day. On a controller without C(/proc) nothing is
+        noted.
       - Register V(begun) under the name that O(report) has. It then takes the place of a report that an earlier play of
         the same C(ansible-playbook) left.
       - V(shown) reads the report and changes nothing.
