@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.censuschat.infra.plugins.module_utils.node import harden_host, harden_seen, sshd_host
+from ansible_collections.censuschat.infra.plugins.module_utils.node import (
+    harden_host,
+    harden_seen,
+    sshd_host,
+    state_host,
+)
+from ansible_collections.censuschat.infra.plugins.module_utils.node.guard import Guard
 from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import Hardening
 from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_plan import Facts
 from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_seen import Seen
@@ -114,6 +120,19 @@ def test_firewall_that_would_cut_this_run_off_is_refused_in_check_mode_too(node:
     assert results(Hardening([wall], True, NoCommands()).run(check=True, audit=False)) == {"wall": "changed"}
 
 
+def test_unproven_change_of_an_earlier_run_fails_its_controls_in_check_mode(
+    node: dict[str, Any], tmp_path: Path
+) -> None:
+    node["seen"] = Seen(facts=Facts(kernel={"net.ipv4.tcp_syncookies": "0"}), firewall={"t": FirewallSeen()})
+    wall = control("wall", {"firewall": {"table": "t", "ruleset": "chain input { }"}})
+    engine = Hardening([wall, control("cookies", ONE)], True, NoCommands())
+    engine.guard = Guard(NoCommands(), str(tmp_path))
+    (tmp_path / "pending").mkdir()
+    outcome = engine.run(check=True, audit=False)
+    assert results(outcome) == {"wall": "failed", "cookies": "changed"}
+    assert "left unproven; a run without check mode undoes it first" in detail(outcome, "wall")
+
+
 def test_audit_only_reports_and_plans_nothing(node: dict[str, Any]) -> None:
     node["seen"] = Seen(facts=Facts(kernel={"net.ipv4.tcp_syncookies": "0"}))
     commands = NoCommands()
@@ -132,7 +151,7 @@ def test_one_control_that_fails_keeps_no_other_from_being_held_nor_its_own_lines
     node["seen"] = Seen(node=Observed())
     written: dict[str, str] = {}
     monkeypatch.setattr(Hardening, "_write", lambda _self, path, text: written.update({path: text}))
-    monkeypatch.setattr(harden_host.state_host.Executor, "install", refuse)
+    monkeypatch.setattr(state_host.Executor, "install", refuse)
     failing = control("aide", {"node": {"packages": {"present": ["aide"]}}, "blocked_modules": ["udf"]})
     engine = Hardening([failing, control("modules", {"blocked_modules": ["cramfs"]})], True, NoCommands())
     engine.keep = Keeper("run-1", root=str(tmp_path))

@@ -23,7 +23,9 @@ GROUP = grp.getgrgid(os.getgid()).gr_name
 
 
 def stands(data: Any) -> Stands:
-    """`absent`, `directory`, or a file by its content's name; a case does not care about digests."""
+    """`absent`, `directory`, a file by its content's name, or all of it; a case does not care about digests."""
+    if isinstance(data, dict):
+        return Stands.of(data)
     if data in ("absent", "directory"):
         return Stands(data)
     return Stands("file", "root", "root", "0644", digest=str(data))

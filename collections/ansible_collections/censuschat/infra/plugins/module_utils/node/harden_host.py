@@ -95,6 +95,7 @@ class Hardening:
     def run(self, *, check: bool, audit: bool) -> Outcome:
         """Plan, and unless `check` or `audit` apply; the report is the same in all three."""
         self._applicability()
+        self._settle(check=check or audit)
         self._plan(self._active)
         planned = {c.id: list(c.actions) for c in self.controls}
         if not check and not audit and any(c.actions for c in self._active):
@@ -135,6 +136,15 @@ class Hardening:
         kind = container()
         for control in self.controls:
             control.not_applicable = self._why_not(control, kind)
+
+    def _settle(self, *, check: bool) -> None:
+        """Have what an earlier run left unproven undone before anything of it is taken for the present state."""
+        try:
+            self.guard.settle(check=check)
+        except NodeError as error:
+            for control in self.controls:
+                if control.profiles or control.pam_lines or control.firewall:
+                    control.error = str(error)
 
     def _why_not(self, control: Held, kind: str) -> str:
         lead = f"{control.otherwise}: " if control.otherwise else ""
@@ -396,7 +406,6 @@ class Hardening:
                 control.error = control.error or f"undone together with {failed[0].id}, which failed: {failed[0].error}"
 
     def _arm(self, actions: Sequence[Action], walls: Sequence[Firewall], *, risky: bool) -> None:
-        self.guard.settle(check=False)
         if self.login is None or not risky:
             return
         if not self.provable:

@@ -54,7 +54,8 @@ def normal(rule: str) -> str:
         fields = {f"path={f[4:].rstrip('/') or '/'}" if f.startswith("dir=") else f for f in fields}
         if not calls and not any(field.startswith("perm=") for field in fields):
             fields.add("perm=arwx")
-    return " ".join([where, *(f"-S {','.join(sorted(calls))}" for _once in range(1) if calls), *sorted(fields)])
+    named = [f"-S {','.join(sorted(calls))}"] if calls else []
+    return " ".join([where, *named, *sorted(fields)])
 
 
 def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 _SECRET = ("/etc/shadow", "/etc/gshadow", "/etc/ssh/ssh_host_", "/var/lib/pam/")
 # Its stop flushes the tables of all, once our drop-in is gone; ours are taken away by themselves.
 _NEVER_STOPPED = ("nftables.service",)
+_SSHD = ("/etc/ssh/sshd_config", "/etc/systemd/system/ssh.socket.d/")
 # What takes a mount option away again.
 _INVERSE = {"noexec": "exec", "nodev": "dev", "nosuid": "suid", "ro": "rw", "noatime": "atime"}
 
@@ -160,11 +161,8 @@ def _plan_paths(found: Mapping[str, Chain], now: Now, *, force: bool) -> tuple[l
             continue
         shown_now = dataclasses.replace(stands, data="") if only else stands
         before, after = text_of(shown_now, chain.path), text_of(chain.before, chain.path)
-        kind = (
-            "sshd_file"
-            if chain.path.startswith(("/etc/ssh/sshd_config", "/etc/systemd/system/ssh.socket.d/"))
-            else "restore"
-        )
+        # The bytes of these come back with proof; who may read them is no matter of logging in.
+        kind = "sshd_file" if chain.path.startswith(_SSHD) and not only else "restore"
         detail = "remove" if chain.before.kind == "absent" else f"{chain.before.kind} as it was"
         actions.append(Action(kind, chain.path, detail, chain, before, after))
     return actions, refused
