@@ -146,6 +146,13 @@ def test_the_firewall_leaves_the_login_and_the_services_open() -> None:
         assert "cis_level1" not in control.profiles
 
 
+def test_the_dictionary_check_of_passwords_brings_its_dictionary() -> None:
+    # libpam-pwquality only recommends it, and without it every new password is refused, root's tries too.
+    control = CONTROLS["passwords_quality"]
+    assert any("dictcheck = 1" in file["content"] for file in node_of(control, "files"))
+    assert "cracklib-runtime" in control.state["node"]["packages"]["present"]
+
+
 def test_audit_rules_are_in_the_order_that_the_kernel_wants() -> None:
     rules = [rule for c in CONTROLS.values() for rule in c.state.get("audit", {}).get("rules", [])]
     assert len(rules) > 60
