@@ -163,6 +163,8 @@ profile:
   type: str
 """
 
+import os
+
 from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import Hardening, finish
 from ansible_collections.censuschat.infra.plugins.module_utils.node.quiet import QuietModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
@@ -170,6 +172,8 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 
 
 def main() -> None:
+    # Whatever the login's umask is, directories and packages' files are for all to read as ever.
+    os.umask(0o022)
     module = QuietModule(
         argument_spec={
             "catalogue": {"type": "path"},

@@ -98,6 +98,7 @@ proof:
   type: str
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -143,6 +144,8 @@ def roll_back(module: AnsibleModule, kept: list[str], commands: Commands) -> dic
 
 
 def main() -> None:
+    # Whatever the login's umask is, directories and packages' files are for all to read as ever.
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "to": {"type": "str", "default": ""},

@@ -150,6 +150,7 @@ last_revert:
   type: str
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -181,6 +182,8 @@ def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
 
 
 def main() -> None:
+    # Whatever the login's umask is, directories and packages' files are for all to read as ever.
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
             "settings": {"type": "dict", "default": {}},
