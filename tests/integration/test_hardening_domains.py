@@ -184,6 +184,14 @@ def test_firewall_that_would_cut_us_off_is_refused_before_anything_is_changed() 
     assert shell("nft list ruleset; ls /etc/nftables.conf.d 2>/dev/null; true") == before
 
 
+def test_ruleset_that_nft_does_not_take_is_told_in_check_mode() -> None:
+    before = shell("nft list tables")
+    outcome = harden_with(wall(RULES.replace("drop", "dropp")), "--check")
+    assert outcome.code == 2
+    assert "nft does not take the ruleset of table trial" in entry(outcome, "trial_wall")["detail"]
+    assert shell("nft list tables") == before
+
+
 #: It reads as if it let ssh in, and an earlier rule drops it.
 SABOTAGE = RULES.replace("  tcp dport @", "  tcp dport 22 ct state new drop\n  tcp dport @")
 

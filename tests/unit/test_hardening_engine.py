@@ -30,7 +30,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 
 
 class NoCommands(Commands):
-    """Every program fails, and is remembered."""
+    """No program is installed; what was to be run is remembered."""
 
     def __init__(self, said: str = "no program runs in this test") -> None:
         self.ran: list[str] = []
@@ -38,7 +38,7 @@ class NoCommands(Commands):
 
     def run(self, argv: Any, **_options: Any) -> Completed:
         self.ran.append(" ".join(argv))
-        return Completed(1, "", self.said)
+        return Completed(127, "", self.said)
 
 
 def control(identifier: str, state: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -131,6 +131,24 @@ def test_unproven_change_of_an_earlier_run_fails_its_controls_in_check_mode(
     outcome = engine.run(check=True, audit=False)
     assert results(outcome) == {"wall": "failed", "cookies": "changed"}
     assert "left unproven; a run without check mode undoes it first" in detail(outcome, "wall")
+
+
+def test_ruleset_that_nft_does_not_take_is_refused_in_check_mode_too(node: dict[str, Any]) -> None:
+    class Nft(NoCommands):
+        def run(self, argv: Any, **options: Any) -> Completed:
+            super().run(argv)
+            return (
+                Completed(1, "", "syntax error, unexpected acept")
+                if "acept" in options["stdin"]
+                else Completed(0, "", "")
+            )
+
+    node["seen"] = Seen(firewall={"t": FirewallSeen()})
+    wall = control("wall", {"firewall": {"table": "t", "ruleset": "chain input { tcp dport 22 acept }"}})
+    commands = Nft()
+    outcome = Hardening([wall], True, commands).run(check=True, audit=False)
+    assert "nft does not take the ruleset of table t, nothing was changed: syntax error" in detail(outcome, "wall")
+    assert commands.ran == ["/usr/sbin/nft --check -f -"]
 
 
 def test_audit_only_reports_and_plans_nothing(node: dict[str, Any]) -> None:

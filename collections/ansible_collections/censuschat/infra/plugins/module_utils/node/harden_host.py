@@ -183,6 +183,8 @@ class Hardening:
                 continue
             try:
                 control.actions = self._actions(control, seen, tables)
+                if control.firewall and any(a.kind == "firewall" for a in control.actions):
+                    host_firewall.check(control.firewall, self.commands)
                 control.violations = self._violations(control, seen)
             except NodeError as error:
                 control.error = str(error)

@@ -68,11 +68,18 @@ def observe(wanted: Sequence[Firewall], units: Mapping[str, UnitState], commands
 
 def before(tables: Sequence[str], commands: Commands) -> dict[str, str]:
     """The text of each table as nft would load it again; "" when there is none."""
-    return {table: _text(commands.run(["/usr/sbin/nft", "list", "table", "inet", table])) for table in tables}
+    found = {}
+    for table in tables:
+        done = commands.run(["/usr/sbin/nft", "list", "table", "inet", table])
+        found[table] = done.out if done.code == 0 else ""
+    return found
 
 
-def _text(done: object) -> str:
-    return str(getattr(done, "out", "")) if getattr(done, "code", 1) == 0 else ""
+def check(want: Firewall, commands: Commands) -> None:
+    """Have nft read the ruleset without loading it; NodeError with what it says, nothing where it is not installed."""
+    done = commands.run(["/usr/sbin/nft", "--check", "-f", "-"], stdin=plan_firewall.text_of(want))
+    if done.code not in (0, 127):
+        raise NodeError(f"nft does not take the ruleset of table {want.table}, nothing was changed: {done.tail(4)}")
 
 
 def load(wanted: Sequence[Firewall], commands: Commands) -> None:
