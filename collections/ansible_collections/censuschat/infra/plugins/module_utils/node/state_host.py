@@ -371,7 +371,8 @@ class Executor:
             self._update()
         with _no_starts():
             done = self._apt(["install", "--no-install-recommends", *choices, *wanted])
-            if done and fresh:
+            # Older lists can be the cause of a failure, but not of a lock that somebody else holds.
+            if done and fresh and "Could not get lock" not in done:
                 self._update()
                 done = self._apt(["install", "--no-install-recommends", *choices, *wanted])
         if done:
