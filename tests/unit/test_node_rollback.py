@@ -212,6 +212,13 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
         keep.journal("run-1", str(tmp_path))
 
 
+def test_reload_of_sshd_is_no_state_of_a_service(tmp_path: Path) -> None:
+    """It comes with sshd's files; where a socket starts sshd there is no service to bring back."""
+    keeper = Keeper("run-1", root=str(tmp_path))
+    keeper.before([Action("sshd_reload", "ssh.service", "its configuration changes")])
+    assert not keeper.used
+
+
 def test_ids_sort_by_age() -> None:
     first, second = keep.new_id(), keep.new_id()
     assert first < second

@@ -150,8 +150,6 @@ def live_of(action: Action, units: Mapping[str, UnitState]) -> dict[str, Any]:
         now = units.get(action.target, UnitState(action.target))
         about = {"file_state": now.file_state, "running": now.running}
         return {"kind": "unit", "name": action.target, "verb": str(action.payload), "before": about}
-    if action.kind == "sshd_reload":
-        return {"kind": "unit", "name": "ssh.service", "verb": "reload", "before": {"running": True}}
     if action.kind == "sysctl":
         return {"kind": "kernel", "key": action.target, "before": action.before.partition(" = ")[2].strip()}
     if action.kind == "package":
