@@ -44,10 +44,12 @@ def parser() -> argparse.ArgumentParser:
         ("ha", "three control planes behind a balancer in the primary region"),
     ):
         profile.add_argument(f"--{name}", dest="profile", action="store_const", const=name, default="", help=help_text)
+    profile.add_argument("--inventory", metavar="DIR", help="other nodes instead: those of this inventory")
     status = verb("status", "show nodes, services and cuts", "lab.verbs:status")
     status.add_argument("--json", action="store_true", help="the same for programs")
     down = verb("down", "remove all that the lab made, wherever it was interrupted", "lab.verbs:down")
     down.add_argument("--images", action="store_true", help="remove the cached node images too")
+    down.add_argument("--inventory", metavar="DIR", help="only the lab of this inventory; leave any other alone")
     for name, does in (
         ("cut", "cut a region off from everything outside it, at once and in both directions"),
         ("heal", "undo a cut"),

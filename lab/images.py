@@ -13,12 +13,13 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lab.paths import IMAGES
+from lab.topology import PLAIN, SUITES, label
 
-SUITE = "bookworm"
+SUITE = SUITES[0]
 #: What debootstrap adds to its smallest variant.
 BASE_PACKAGES = (
     "systemd",
@@ -248,11 +249,11 @@ def find_mirror() -> Mirror:
     return parse_mirror(targets, said("apt-config", "dump"), listed)
 
 
-def sources(cache: str, security: bool) -> str:
+def sources(cache: str, security: bool, suite: str = SUITE) -> str:
     """The nodes' apt sources: only the lab's package cache, never the mirror itself."""
-    lines = [f"deb {cache}/debian {SUITE} main", f"deb {cache}/debian {SUITE}-updates main"]
+    lines = [f"deb {cache}/debian {suite} main", f"deb {cache}/debian {suite}-updates main"]
     if security:
-        lines.append(f"deb {cache}/debian-security {SUITE}-security main")
+        lines.append(f"deb {cache}/debian-security {suite}-security main")
     return "\n".join(lines) + "\n"
 
 
@@ -263,6 +264,7 @@ class Recipe:
     cache: str
     security: bool
     architecture: str
+    suite: str = SUITE
 
     def base_files(self) -> dict[str, tuple[int, str]]:
         address = self.cache.removeprefix("http://").partition(":")[0]
@@ -271,20 +273,26 @@ class Recipe:
         proxy += f'Acquire::http::Proxy::{address} "DIRECT";\n'
         return {
             **BASE_FILES,
-            "etc/apt/sources.list": (0o644, sources(self.cache, self.security)),
+            "etc/apt/sources.list": (0o644, sources(self.cache, self.security, self.suite)),
             "etc/apt/apt.conf.d/81censuschat-lab-cache": (0o644, proxy),
         }
 
     def key(self, role: str) -> str:
         """The hash that names an image; a role's includes the base's."""
-        parts: list[object] = [SUITE, self.architecture, BASE_PACKAGES, MASKED_UNITS, DISABLED_UNITS, CONFIGURE]
+        parts: list[object] = [self.suite, self.architecture, BASE_PACKAGES, MASKED_UNITS, DISABLED_UNITS, CONFIGURE]
         parts.append(sorted(self.base_files().items()))
         if role != "base":
             parts += [ROLE_PACKAGES[role], CONTAINERFILE]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     def image(self, role: str) -> str:
+        """The image of a role; plain nodes are the base as it is."""
+        role = "base" if role == PLAIN else role
         return f"{IMAGES}/{role}:{self.key(role)}"
+
+    def tar(self) -> str:
+        """The name of the base image's tar."""
+        return f"{label('base', self.suite)}-{self.key('base')}.tar"
 
     def containerfile(self, role: str) -> str:
         return CONTAINERFILE.format(
@@ -357,7 +365,8 @@ def build_base(recipe: Recipe, target: Path, log: Path) -> bool:
                     raise ImageError(f"{what} failed (exit {done.returncode}): {tail}; all of it is in {log}")
 
             include = f"--include={','.join(BASE_PACKAGES)}"
-            step("debootstrap", "debootstrap", "--variant=minbase", include, SUITE, str(work), f"{recipe.cache}/debian")
+            archive = f"{recipe.cache}/debian"
+            step("debootstrap", "debootstrap", "--variant=minbase", include, recipe.suite, str(work), archive)
             for path, (mode, text) in recipe.base_files().items():
                 file = work / path
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +380,7 @@ def build_base(recipe: Recipe, target: Path, log: Path) -> bool:
             partial.rename(target)
         shutil.rmtree(work)
         for old in target.parent.glob("base-*.tar"):
-            if old != target:
+            if old != target and re.fullmatch(rf"{label('base', recipe.suite)}-[0-9a-f]+\.tar", old.name):
                 old.unlink()
         return True
 
@@ -382,11 +391,12 @@ def missing(recipe: Recipe, present: Iterable[str], roles: Sequence[str]) -> lis
     wanted = [role for role in roles if recipe.image(role) not in have]
     if wanted and recipe.image("base") not in have:
         wanted.insert(0, "base")
-    return wanted
+    return [role for role in wanted if role != PLAIN]
 
 
 def superseded(recipe: Recipe, present: Iterable[str], used: Iterable[str]) -> list[str]:
     """Images of older recipes that no container uses any more; roles before their base."""
-    keep = {recipe.image(role) for role in ("base", *ROLE_PACKAGES)} | set(used)
+    recipes = [replace(recipe, suite=suite) for suite in SUITES]
+    keep = {each.image(role) for each in recipes for role in ("base", *ROLE_PACKAGES)} | set(used)
     old = [image for image in present if image not in keep]
     return sorted(old, key=lambda image: (image.startswith(f"{IMAGES}/base:"), image))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lab import fabric
 from lab.paths import STATE, cache
-from lab.topology import Topology
+from lab.topology import PLAIN, Topology
 
 #: Program -> Debian package that has it.
 PROGRAMS = {
@@ -76,7 +76,7 @@ MODULES = {
 }
 #: Free memory in MiB a node. Measured with the site deployed, anonymous memory of its processes: app 24-47, db 89-129,
 #: witness 41; the rest is for PostgreSQL's shared buffers and page cache.
-MEMORY_NODE = {"app": 80, "db": 240, "witness": 80}
+MEMORY_NODE = {"app": 80, "db": 240, "witness": 80, PLAIN: 80}
 #: And in addition for a node of a cluster. Measured likewise, all processes of the node and its pods: with the
 #: application 407-579 a control plane, 152-220 a worker; without it 430-480 and 92-99.
 MEMORY_CLUSTER = {"": 0, "control-plane": 500, "worker": 150}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.paths import LABEL, PREFIX, STATE, cache
-from lab.topology import Node, Topology
+from lab.topology import PLAIN, SUITES, Node, Topology
 
 
 class NodeError(RuntimeError):
@@ -22,6 +22,7 @@ VOLUMES = {
     "app": ("/var/lib/containerd", "/var/lib/kubelet", "/var/lib/etcd"),
     "db": ("/var/lib/etcd",),
     "witness": ("/var/lib/etcd",),
+    PLAIN: (),
 }
 #: Where a Kubernetes node finds the programs of every version that the machine has prepared, read-only.
 PROGRAMS = "/opt/kubernetes"
@@ -39,6 +40,16 @@ def volume(node: str, path: str) -> str:
     return f"{PREFIX}{node}-{Path(path).name}"
 
 
+def volumes(node: Node) -> tuple[str, ...]:
+    """The paths of a node that are volumes of their own."""
+    return VOLUMES["app" if node.role == PLAIN and node.kubernetes else node.role]
+
+
+def start(node: Node, hybrid: bool) -> list[str]:
+    """The command that starts a node. Later systemds refuse cgroup v1 unless told otherwise."""
+    return ["/sbin/init", *(["SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"] if hybrid and node.suite != SUITES[0] else [])]
+
+
 def container(node: Node, image: str, hybrid: bool, files: int, state: Path = STATE) -> dict[str, Any]:
     """The arguments of containers.podman.podman_container for a node.
 
@@ -49,7 +60,7 @@ def container(node: Node, image: str, hybrid: bool, files: int, state: Path = ST
     return {
         "name": PREFIX + node.name,
         "image": image,
-        "command": ["/sbin/init"],
+        "command": start(node, hybrid),
         "hostname": node.name,
         "network": [f"ns:/run/netns/{PREFIX}{node.name}"],
         "dns": ["none"],
@@ -64,7 +75,7 @@ def container(node: Node, image: str, hybrid: bool, files: int, state: Path = ST
         "tmpfs": {"/run": "rw", "/run/lock": "rw", "/tmp": "rw"},  # noqa: S108 (the node's own)
         "label": dict([LABEL.split("=", 1)]),
         "volume": [f"{state}/nodes/{node.name}:{IDENTITY}:ro"]
-        + [f"{volume(node.name, path)}:{path}" for path in VOLUMES[node.role]]
+        + [f"{volume(node.name, path)}:{path}" for path in volumes(node)]
         + ([f"{programs()}:{PROGRAMS}:ro"] if node.kubernetes else []),
         "state": "started",
     }

@@ -10,6 +10,11 @@ from typing import Any
 
 import yaml
 
+#: Debian's releases that nodes can have, by their names in the archive; the first is what a node has unless it says.
+SUITES = ("bookworm", "trixie")
+#: The role of nodes with nothing but the base image on them.
+PLAIN = "plain"
+
 
 class TopologyError(ValueError):
     """The inventory does not describe a lab; the message says where and why."""
@@ -48,6 +53,18 @@ class Node:
     role: str
     #: What it is to its region's cluster: "control-plane", "worker", or "" for a node outside Kubernetes.
     kubernetes: str = ""
+    #: Debian's release on it.
+    suite: str = SUITES[0]
+
+    @property
+    def image(self) -> str:
+        """Which of the lab's images it is made from."""
+        return label(self.role, self.suite)
+
+
+def label(role: str, suite: str) -> str:
+    """The name of a role's image among all images; the first suite's bears none of its own."""
+    return role if suite == SUITES[0] else f"{role}-{suite}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ class Topology:
 
 
 #: A node's image follows from the group it is in.
-ROLES = ("app", "db", "witness")
+ROLES = ("app", "db", "witness", PLAIN)
 #: Group -> what its hosts are to their cluster. A control plane that is in no other group has the image of `app`.
 KUBERNETES = {"kube_control_plane": "control-plane", "kube_node": "worker"}
 
@@ -146,13 +163,19 @@ def parse(hosts: Mapping[str, Any], networks: Mapping[str, Any]) -> Topology:
         role = next((r for r in ROLES if name in groups.get(r, set())), "app" if kubernetes else None)
         try:
             address = IPv4Address(values["ansible_host"])
-            node = Node(name, values["region"], address, values["zone"], role or "", kubernetes)
+            suite = str(values.get("lab_suite", SUITES[0]))
+            node = Node(name, values["region"], address, values["zone"], role or "", kubernetes, suite)
         except (KeyError, AddressValueError) as error:
             raise TopologyError(
                 f"host {name} of the inventory needs region, zone and ansible_host: {error!r}"
             ) from error
         if role is None:
             raise TopologyError(f"host {name} of the inventory is in none of the groups {', '.join(ROLES)}")
+        if suite not in SUITES:
+            raise TopologyError(f"host {name}'s lab_suite is {suite!r}; there are: {', '.join(SUITES)}")
+        if suite != SUITES[0] and role != PLAIN:
+            # The packages of a role's image have the versions of one release in their names.
+            raise TopologyError(f"host {name} is of group {role}, whose image is {SUITES[0]}'s; {suite} is for {PLAIN}")
         nodes.append(node)
     topology = Topology(supernet, operator, sites, tuple(nodes), clients)
     check(topology)

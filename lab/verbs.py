@@ -84,7 +84,7 @@ def play(verb: str, inventory: Path, held: int | None = None, **variables: str |
 
 
 def up(arguments: argparse.Namespace) -> int:
-    inventory = INVENTORIES[arguments.profile]
+    inventory = Path(arguments.inventory).resolve() if arguments.inventory else INVENTORIES[arguments.profile]
     lab = read(inventory)
     there = recorded() if os.geteuid() == 0 else None
     refuse_another(there, inventory)
@@ -92,7 +92,8 @@ def up(arguments: argparse.Namespace) -> int:
     found = machine.problems(machine.observe(lab), lab, resuming=there is not None)
     if found:
         raise Refusal(" ".join(found))
-    prepare_programs()
+    if any(node.kubernetes for node in lab.nodes):
+        prepare_programs()
     with alone() as held:
         # Another `up` may have begun while the programs were made.
         refuse_another(recorded(), inventory)
@@ -131,6 +132,10 @@ def down(arguments: argparse.Namespace) -> int:
     need_root()
     # An `up` that was killed may still be making an image; nothing of it may come after the removal.
     with alone(patience=300) as held:
+        there = recorded()
+        if arguments.inventory and there not in (None, Path(arguments.inventory).resolve()):
+            print(f"left alone: the lab that is there is made from {there}")
+            return 0
         code = play("down", INVENTORIES[""], held, lab_images=arguments.images)
         if code == 0:
             images = "its images too" if arguments.images else "its images stay cached (--images removes them)"

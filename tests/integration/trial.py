@@ -87,11 +87,12 @@ def fresh_login(script: str = "true") -> str:
     options += ["ControlPath=none", "BatchMode=yes", "ConnectTimeout=5", "LogLevel=ERROR"]
     flags = [flag for option in options for flag in ("-o", option)]
     key = f"{STATE}/ssh/id_ed25519"
-    return call("ssh", *flags, "-i", key, f"ops@{_address()}", "sudo", "sh", text=script, timeout=120).stdout.rstrip(
-        "\n"
-    )
+    return call(
+        "ssh", *flags, "-i", key, f"ops@{node_address()}", "sudo", "sh", text=script, timeout=120
+    ).stdout.rstrip("\n")
 
 
 @functools.cache
-def _address() -> str:
+def node_address() -> str:
+    """The address under which the lab's inventory reaches the node."""
     return str(verbs.current()[1].node(NODE).address)

@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.censuschat.infra.plugins.module_utils.node import harden_plan
+from ansible_collections.censuschat.infra.plugins.module_utils.node import harden_plan, plan_accounts
 from ansible_collections.censuschat.infra.plugins.module_utils.node.controls import (
     PROFILES,
     Control,
     catalogue,
+    refuse_conflicts,
     select,
 )
-from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import (
-    Hardening,
-    Held,
-    kernel_path,
-    read_document,
-)
-from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_plan import Account, Document, Facts
-from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError, PathState
+from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_observe import kernel_path, read_document
+from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_plan import Document, Facts
+from ansible_collections.censuschat.infra.plugins.module_utils.node.held import Held
+from ansible_collections.censuschat.infra.plugins.module_utils.node.plan_accounts import Account, AccountsSeen
+from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError, PathState
 
 CASES = Path(__file__).parent / "cases"
 ROLE = Path(__file__).resolve().parents[2] / "collections/ansible_collections/censuschat/infra/roles/hardening"
@@ -57,7 +55,6 @@ def facts(data: dict[str, Any]) -> Facts:
             p: PathState(p, s["kind"], s["owner"], s["group"], int(s["mode"], 8))
             for p, s in data.get("permissions", {}).items()
         },
-        accounts=tuple(Account(**a) for a in data.get("accounts", [])),
         documents={tuple(d["paths"]): d["content"] for d in data.get("documents", [])},
     )
 
@@ -74,7 +71,8 @@ def test_plan(path: Path) -> None:
         *(a for p in held.permissions for a in harden_plan.plan_permission(p, seen)),
     ]
     assert [[a.kind, a.target, a.detail] for a in actions] == case["actions"]
-    violations = harden_plan.judge_accounts(held.accounts, seen)
+    accounts = AccountsSeen(tuple(Account(**a) for a in case["facts"].get("accounts", [])))
+    violations = plan_accounts.judge(held.accounts, accounts)
     violations += [v for d in held.documents for v in harden_plan.judge_document(d, seen)]
     assert len(violations) == len(case.get("violations", []))
     assert all(found.startswith(wanted) for found, wanted in zip(violations, case.get("violations", []), strict=True))
@@ -116,18 +114,21 @@ def test_shipped_catalogue_is_whole(shipped: dict[str, Control]) -> None:
 
 
 def test_shipped_controls_do_not_contradict_each_other(shipped: dict[str, Control]) -> None:
-    Hardening([c.wire() for c in shipped.values()], True, Commands())
+    refuse_conflicts(list(shipped.values()))
 
 
 def test_containers_never_write_the_machines_kernel(shipped: dict[str, Control]) -> None:
     for control in shipped.values():
         if "container" in control.applies_to:
             assert all(key.startswith("net.") for key in control.state.get("sysctl", {})), control.id
-            assert not control.state.get("blocked_modules"), control.id
+            modules = control.state.get("blocked_modules", [])
+            loaded = Facts(container="podman", modules=frozenset(m.replace("-", "_") for m in modules))
+            assert {a.kind for a in harden_plan.plan_modules(modules, loaded)} <= {"module_file"}, control.id
 
 
 def test_forwarding_is_left_to_the_cluster(shipped: dict[str, Control]) -> None:
-    assert not [c.id for c in shipped.values() for key in c.state.get("sysctl", {}) if "forward" in key]
+    forwarding = [c for c in shipped.values() for key in c.state.get("sysctl", {}) if "forward" in key]
+    assert all(control.unless_path == "/etc/kubernetes" for control in forwarding)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -296,7 +297,7 @@ def test_controls_that_want_different_things_are_named() -> None:
     other = example(id="other", state={"sysctl": {"net.ipv4.tcp_syncookies": 0}})
     both = catalogue([("own.yml", [example(), other])])
     with pytest.raises(NodeError, match=r"controls example and other want different things of net.ipv4.tcp_syncookies"):
-        Hardening([c.wire() for c in both.values()], True, Commands())
+        select(both, "baseline")
 
 
 @pytest.mark.parametrize(

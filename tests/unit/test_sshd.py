@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 from ansible_collections.censuschat.infra.plugins.module_utils.node.sshd_plan import (
-    DROP_IN,
     MAIN,
     Login,
+    Match,
     SshdObserved,
+    drop_in_of,
     login_problem,
     overruled,
     parse_effective,
@@ -27,7 +28,9 @@ CASES = Path(__file__).parent / "cases"
 def observed(data: dict[str, Any]) -> SshdObserved:
     newest = data.get("newest", {"path": MAIN, "ctime": 0})
     return SshdObserved(
-        drop_in=PathState(DROP_IN, "file" if "drop_in" in data else "absent", content=data.get("drop_in")),
+        drop_in=PathState(
+            drop_in_of(data.get("name", "")), "file" if "drop_in" in data else "absent", content=data.get("drop_in")
+        ),
         main=PathState(MAIN, "file", content=data.get("main")),
         service=UnitState("ssh.service", "loaded", **data.get("service", {})),
         socket=UnitState("ssh.socket"),
@@ -38,12 +41,13 @@ def observed(data: dict[str, Any]) -> SshdObserved:
 @pytest.mark.parametrize("path", sorted((CASES / "sshd_plan").glob("*.yml")), ids=lambda p: p.stem)
 def test_plan(path: Path) -> None:
     case = yaml.safe_load(path.read_text())
+    matches = [Match(m["criteria"], m["settings"]) for m in case.get("matches", [])]
     if "error" in case:
         with pytest.raises(NodeError) as caught:
-            plan(case["settings"], observed(case["observed"]))
+            plan(case["settings"], observed(case["observed"]), matches=matches)
         assert case["error"] in str(caught.value)
         return
-    actions = plan(case["settings"], observed(case["observed"]))
+    actions = plan(case["settings"], observed(case["observed"]), matches=matches)
     assert [[a.kind, a.target, a.detail] for a in actions] == case["actions"]
     if "text" in case:
         assert actions[0].payload == case["text"]
@@ -82,3 +86,9 @@ def test_effective_values_that_repeat_are_kept() -> None:
 def test_keys_that_the_drop_in_lacks() -> None:
     now = observed({"drop_in": "Port 22\nBanner none\n"})
     assert stale_keys({"Port": [22, 2222], "Banner": "none", "UsePAM": True}, now) == ["Port", "UsePAM"]
+
+
+def test_name_of_a_drop_in_cannot_lead_elsewhere() -> None:
+    assert drop_in_of("bastion") == "/etc/ssh/sshd_config.d/00-censuschat-bastion.conf"
+    with pytest.raises(NodeError, match="cannot name a drop-in"):
+        drop_in_of("../../shadow")

@@ -45,7 +45,7 @@ actions:
   elements: str
   returned: always
 images:
-  description: The image of each role, and of the base.
+  description: The image of each role, and of the base; those of later releases of Debian bear the release's name.
   type: dict
   returned: always
 missing:
@@ -57,13 +57,16 @@ containerfiles:
   description: How each role's image is made from the base.
   type: dict
   returned: always
-tar:
-  description: The base image's tar.
-  type: str
+tars:
+  description: The base images' tars, one for each of Debian's releases in the lab.
+  type: list
+  elements: str
   returned: always
 """
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
@@ -71,6 +74,7 @@ from ansible.module_utils.basic import AnsibleModule
 from lab import images, machine
 from lab.module import INVENTORY, answer, described
 from lab.paths import IMAGES, STATE, cache
+from lab.topology import PLAIN, label
 
 
 def provide(module: AnsibleModule) -> dict[str, Any]:
@@ -79,7 +83,6 @@ def provide(module: AnsibleModule) -> dict[str, Any]:
     mirror = images.find_mirror()
     url = f"http://{lab.operator.address}:{lab.operator.packages_port}"
     recipe = images.Recipe(url, bool(mirror.security), machine.architecture())
-    roles = sorted({node.role for node in lab.nodes})
     listing = ["podman", "images", "--format", "{{.Repository}}:{{.Tag}}", "--filter", f"reference={IMAGES}/*"]
     _, listed, _ = module.run_command(listing, check_rc=True)
     _, used, _ = module.run_command(["podman", "ps", "--all", "--format", "{{.Image}}"], check_rc=True)
@@ -88,25 +91,36 @@ def provide(module: AnsibleModule) -> dict[str, Any]:
         if not module.check_mode:
             # Not forced: a base stays while a role's image of the same age still stands on it.
             module.run_command(["podman", "rmi", image])
-    missing = images.missing(recipe, listed.split(), roles)
-    tar = cache() / "images" / f"base-{recipe.key('base')}.tar"
-    if "base" in missing and not tar.is_file():
+    found: dict[str, Any] = {"images": {}, "missing": [], "containerfiles": {}, "tars": []}
+    for suite in sorted({node.suite for node in lab.nodes}):
+        of_suite = replace(recipe, suite=suite)
+        roles = sorted({node.role for node in lab.nodes if node.suite == suite})
+        missing = images.missing(of_suite, listed.split(), roles)
+        tar = cache() / "images" / of_suite.tar()
+        if "base" in missing:
+            actions += bring_base(module, of_suite, tar)
+        found["images"].update({label(role, suite): of_suite.image(role) for role in ["base", *roles]})
+        found["missing"] += [label(role, suite) for role in missing]
+        found["containerfiles"].update(
+            {label(role, suite): of_suite.containerfile(role) for role in roles if role != PLAIN}
+        )
+        found["tars"].append(str(tar))
+    return {"actions": actions, **found}
+
+
+def bring_base(module: AnsibleModule, recipe: images.Recipe, tar: Path) -> list[str]:
+    """Makes a suite's base, unless its tar is there, and imports it; returns what was done, or would be."""
+    actions = []
+    if not tar.is_file():
         actions.append(f"make {tar.name}")
         if not module.check_mode:
             os.umask(0o022)
             images.build_base(recipe, tar, STATE / "log" / "images.log")
-    if "base" in missing:
-        actions.append(f"import {recipe.image('base')}")
-        if not module.check_mode:
-            change = ["--change", 'CMD ["/sbin/init"]']
-            module.run_command(["podman", "import", *change, str(tar), recipe.image("base")], check_rc=True)
-    return {
-        "actions": actions,
-        "images": {role: recipe.image(role) for role in ["base", *roles]},
-        "missing": missing,
-        "containerfiles": {role: recipe.containerfile(role) for role in roles},
-        "tar": str(tar),
-    }
+    actions.append(f"import {recipe.image('base')}")
+    if not module.check_mode:
+        change = ["--change", 'CMD ["/sbin/init"]']
+        module.run_command(["podman", "import", *change, str(tar), recipe.image("base")], check_rc=True)
+    return actions
 
 
 def main() -> None:

@@ -89,7 +89,7 @@ def provide(module: AnsibleModule) -> dict[str, Any]:
         actions = nodes.provide(lab)
     there = report.containers()
     containers = {
-        node.name: nodes.container(node, given["images"][node.role], given["hybrid_cgroups"], given["files"])
+        node.name: nodes.container(node, given["images"][node.image], given["hybrid_cgroups"], given["files"])
         for node in lab.nodes
         if PREFIX + node.name not in there
     }

@@ -8,6 +8,8 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible_collections.censuschat.infra.plugins.plugin_utils import sshd_guard
 
+_OPTIONS = ("settings", "matches", "name", "in_main", "revert_after")
+
 
 class ActionModule(ActionBase):
     """The phases of an sshd change as one task."""
@@ -17,8 +19,8 @@ class ActionModule(ActionBase):
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
-        arguments = {k: v for k, v in self._task.args.items() if k in ("settings", "revert_after")}
+        arguments = {k: v for k, v in self._task.args.items() if k in _OPTIONS}
         unknown = [k for k in self._task.args if k not in arguments]
         if unknown:
-            return {**result, "failed": True, "msg": f"sshd_config takes settings and revert_after, not {unknown[0]}"}
+            return {**result, "failed": True, "msg": f"sshd_config takes {', '.join(_OPTIONS)}, not {unknown[0]}"}
         return {**result, **sshd_guard.change(self, arguments, task_vars or {})}

@@ -15,8 +15,11 @@ description:
   - Files and what is running are both compared. A kernel value that differs from its file, a service or an sshd that is
     older than its configuration are findings like any other.
   - After an apply the node is observed again. A control that still differs is reported as failed.
-  - Controls of the sshd domain go through the same proof and timed revert as M(censuschat.infra.sshd_config).
-  - The choices are checked on the controller, before any node is touched.
+  - Controls of the sshd domain go through the same proof and timed revert as M(censuschat.infra.sshd_config). A change
+    of PAM's stacks or of a loaded firewall table is proven by a new connection in the same way, or undone by the node.
+  - What a run replaces is kept on the node, and M(censuschat.infra.node_rollback) puts it back.
+  - The choices are checked on the controller, before any node is touched. So are values against the ranges that
+    controls give, and controls that want different things of one file, package, unit or kernel value.
 author:
   - CensusChat platform team (@censuschat)
 extends_documentation_fragment:
@@ -58,6 +61,17 @@ options:
     type: list
     elements: dict
     default: []
+  phase:
+    description:
+      - Set by the action plugin. V(apply) plans and applies. V(confirm) and V(revert) end a change of firewall or PAM
+        that waits for its proof.
+    type: str
+    choices: [apply, confirm, revert]
+    default: apply
+  token:
+    description: Set by the action plugin. Names the change that V(confirm) and V(revert) end.
+    type: str
+    default: ""
   provable:
     description: Set by the action plugin. Whether it can open a new ssh connection as proof of an sshd change.
     type: bool
@@ -66,7 +80,10 @@ requirements:
   - Debian 12 or newer with systemd
 notes:
   - Needs root on the node (C(become)).
-  - In a container, controls that belong to the machine it shares its kernel with are reported as not applicable.
+  - In a container, controls that belong to the machine it shares its kernel with are reported as not applicable, with
+    the reason. One that was asked for by O(include) fails there.
+seealso:
+  - module: censuschat.infra.node_rollback
 """
 
 EXAMPLES = r"""
@@ -105,23 +122,58 @@ controls:
     result:
       description: V(pass), V(changed), V(failed), V(excluded) or V(not_applicable).
       type: str
+    references:
+      description: Where the control comes from.
+      type: list
+      elements: str
     detail:
       description: What differed, what failed, or the reason.
       type: str
+    diff:
+      description: What was or would be changed. Secrets are not shown.
+      type: list
+      elements: dict
+      contains:
+        what:
+          description: The file, kernel value, unit or package, and what kind of change it is.
+          type: str
+        before:
+          description: What stood there.
+          type: str
+        after:
+          description: What stands there now, or would.
+          type: str
 counts:
   description: Number of controls by result.
   returned: always
   type: dict
   sample: {"pass": 41, "changed": 0, "failed": 0, "excluded": 1, "not_applicable": 12}
+run:
+  description: The id of this run on the node, by which its changes can be rolled back; empty when nothing was changed.
+  returned: always
+  type: str
+  sample: 20261121T214512.004711Z-3f9a
+mode:
+  description: V(apply), V(check) or V(audit).
+  returned: always
+  type: str
+profile:
+  description: The profile that was held.
+  returned: always
+  type: str
 """
 
-from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import Hardening
+import os
+
+from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_host import Hardening, finish
 from ansible_collections.censuschat.infra.plugins.module_utils.node.quiet import QuietModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
 
 
 def main() -> None:
+    # Whatever the login's umask is, directories and packages' files are for all to read as ever.
+    os.umask(0o022)
     module = QuietModule(
         argument_spec={
             "catalogue": {"type": "path"},
@@ -136,11 +188,16 @@ def main() -> None:
             "own": {"type": "list", "elements": "dict", "default": []},
             "audit_only": {"type": "bool", "default": False},
             "controls": {"type": "list", "elements": "dict", "default": []},
+            "phase": {"type": "str", "choices": ["apply", "confirm", "revert"], "default": "apply"},
+            "token": {"type": "str", "default": "", "no_log": False},
             "provable": {"type": "bool", "default": False},
         },
         supports_check_mode=True,
     )
     try:
+        if module.params["phase"] != "apply":
+            finish(module.params["token"], keep=module.params["phase"] == "confirm", commands=Commands())
+            module.exit_json(changed=True)
         hardening = Hardening(module.params["controls"], module.params["provable"], Commands())
         outcome = hardening.run(check=module.check_mode, audit=module.params["audit_only"])
     except NodeError as error:
@@ -149,7 +206,11 @@ def main() -> None:
         changed=outcome.changed,
         controls=outcome.results,
         sshd=outcome.sshd,
-        diff=diff_of(outcome.actions),
+        run=outcome.run,
+        token=outcome.token,
+        guarded=outcome.guarded,
+        # Each control has its own diff; Ansible's is made only where it is asked for.
+        **({"diff": diff_of(outcome.actions)} if module._diff else {}),
         # The controls are the caller's own data; echoing them would double the answer.
         invocation={"module_args": {"controls": len(module.params["controls"])}},
     )

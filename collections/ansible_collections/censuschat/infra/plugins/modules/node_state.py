@@ -34,6 +34,7 @@ options:
       present:
         description:
           - Names of packages to have. They are installed without recommended packages.
+          - A name may say the one version to have, as in C(kubelet=1.36.3-1.1); a newer one is then taken back to it.
           - The package lists are fetched only when something must be installed.
         type: list
         elements: str
@@ -43,6 +44,39 @@ options:
         type: list
         elements: str
         default: []
+      held:
+        description:
+          - Names of packages that only this module may change (C(apt-mark hold)); upgrades leave them as they are.
+        type: list
+        elements: str
+        default: []
+      unheld:
+        description: Names of packages whose hold is to be lifted.
+        type: list
+        elements: str
+        default: []
+      archives:
+        description: Packages to have from an archive of their own, each in one version and proven by its checksum.
+        type: list
+        elements: dict
+        default: []
+        suboptions:
+          name:
+            description: The package's name, as the archive states it.
+            type: str
+            required: true
+          version:
+            description: The package's version, as the archive states it.
+            type: str
+            required: true
+          url:
+            description: Where the archive is, an HTTP, HTTPS or C(file) URL that the node can reach.
+            type: str
+            required: true
+          checksum:
+            description: C(sha256) or C(sha512), a colon, and the archive's digest in hexadecimal digits.
+            type: str
+            required: true
   groups:
     description: Groups to have.
     type: list
@@ -86,6 +120,14 @@ options:
         description: Whether the home directory is made with the account.
         type: bool
         default: false
+      uid:
+        description: The account's number. The node chooses when not given; that of an existing account is not changed.
+        type: int
+      state:
+        description: Whether there is such an account. The home of a removed one stays.
+        type: str
+        choices: [present, absent]
+        default: present
   directories:
     description: Directories to have, with their ownership and mode.
     type: list
@@ -108,8 +150,15 @@ options:
         description: Octal mode in quotes.
         type: str
         default: "0755"
+      exclusive:
+        description:
+          - Whether the directory is to hold nothing but what this call gives for it. All else in it is removed.
+        type: bool
+        default: false
   files:
-    description: Files to have, with their whole content.
+    description:
+      - Files to have, with their whole content.
+      - Those below C(/etc/apt) are put in place before packages are installed, for they say where packages come from.
     type: list
     elements: dict
     default: []
@@ -186,6 +235,7 @@ options:
         description:
           - Paths whose change, later than the service's last change of state, means a reload unless it
             is restarted.
+          - A service whose last reload failed is reloaded again.
         type: list
         elements: path
         default: []
@@ -219,6 +269,23 @@ EXAMPLES = r"""
         state: started
         reload_on: [/etc/haproxy/haproxy.cfg]
   become: true
+
+- name: Have a package that no list has, in one version, and nothing else among the keys
+  censuschat.infra.node_state:
+    packages:
+      archives:
+        - name: filebeat
+          version: 9.2.1
+          url: https://mirror.example.com/filebeat-9.2.1-amd64.deb
+          checksum: sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae
+      held: [filebeat]
+    directories:
+      - path: /etc/ssh/keys
+        exclusive: true
+    files:
+      - path: /etc/ssh/keys/ada
+        content: "{{ ada_key }}"
+  become: true
 """
 
 RETURN = r"""
@@ -229,7 +296,7 @@ actions:
   elements: dict
   contains:
     kind:
-      description: One of package, hostname, group, user, directory, file, link, absent, systemd, service.
+      description: One of package, hold, hostname, group, user, directory, file, link, absent, systemd, service.
       type: str
     target:
       description: The package, account, path or unit.
@@ -247,6 +314,7 @@ import os
 from typing import Any
 
 from ansible_collections.censuschat.infra.plugins.module_utils.node.quiet import QuietModule
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_fetch import fetched
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_host import Executor, observe
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Desired, diff_of
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_plan import plan
@@ -275,7 +343,16 @@ def main() -> None:
             "packages": {
                 "type": "dict",
                 "default": {},
-                "options": {"present": listed("str"), "absent": listed("str")},
+                "options": {
+                    "present": listed("str"),
+                    "absent": listed("str"),
+                    "held": listed("str"),
+                    "unheld": listed("str"),
+                    "archives": listed(
+                        "dict",
+                        {key: {"type": "str", "required": True} for key in ("name", "version", "url", "checksum")},
+                    ),
+                },
             },
             "groups": listed(
                 "dict", {"name": {"type": "str", "required": True}, "system": {"type": "bool", "default": False}}
@@ -289,9 +366,14 @@ def main() -> None:
                     "shell": {"type": "str"},
                     "home": {"type": "str"},
                     "create_home": {"type": "bool", "default": False},
+                    "uid": {"type": "int"},
+                    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
                 },
             ),
-            "directories": listed("dict", attributed(mode={"type": "str", "default": "0755"})),
+            "directories": listed(
+                "dict",
+                attributed(mode={"type": "str", "default": "0755"}, exclusive={"type": "bool", "default": False}),
+            ),
             "files": listed(
                 "dict",
                 attributed(
@@ -330,7 +412,7 @@ def main() -> None:
         desired = Desired.of(module.params)
         actions = plan(desired, observe(desired, commands))
         if actions and not module.check_mode:
-            executor = Executor(desired, commands)
+            executor = Executor(desired, commands, fetched)
             actions = executor.converge(actions)
     except NodeError as error:
         done = executor.done if executor else []

@@ -30,13 +30,43 @@ options:
       - Keywords of sshd_config(5) with their values. Booleans become V(yes) and V(no). A list is repeated (Port,
         ListenAddress, HostKey), joined by commas (Ciphers, MACs, KexAlgorithms) or by spaces (AllowUsers), as the
         keyword needs it.
-      - It is the whole content of the drop-in. C(Match) and C(Include) are refused.
+      - It is the whole content of the drop-in, O(matches) apart. C(Match) and C(Include) are refused here.
     type: dict
-    required: true
+    default: {}
+  matches:
+    description:
+      - Settings for some connections only, in their order. For a connection the first value of a keyword that a block
+        gives counts, and it counts more than a global one.
+    type: list
+    elements: dict
+    default: []
+    suboptions:
+      criteria:
+        description: Which connections, as C(Match) takes it, as in C(Group jumpers). C(all) is refused.
+        type: str
+        required: true
+      settings:
+        description: Keywords as in O(settings).
+        type: dict
+        required: true
+  name:
+    description:
+      - A drop-in of its own beside the nameless one, for a role that adds its part. Ports, addresses and O(in_main)
+        belong to the nameless one.
+    type: str
+    default: ""
   revert_after:
     description: Seconds after which the node undoes a change that nobody proved, at least 20.
     type: int
     default: 60
+  in_main:
+    description:
+      - Have the settings stand at the top of C(/etc/ssh/sshd_config) too, for programs that judge that file alone.
+        Other global lines of the same keywords there are commented out. Keywords that add up when they are repeated
+        (Port, HostKey ...) and those that say who may log in stay in the drop-in only.
+      - A block that is there from an earlier run is always kept up.
+    type: bool
+    default: false
   provable:
     description:
       - Set by the action plugin. Whether it can open a new connection as proof. A run that came in by ssh and cannot is
@@ -50,6 +80,10 @@ options:
     type: str
     choices: [apply, confirm, revert]
     default: apply
+  run:
+    description: Set by M(censuschat.infra.node_harden). The run whose journal keeps what this change replaces.
+    type: str
+    default: ""
   token:
     description: Set by the action plugin. Names the change that V(confirm) and V(revert) end.
     type: str
@@ -58,6 +92,7 @@ requirements:
   - Debian 12 or newer with systemd and openssh-server
 notes:
   - Needs root on the node (C(become)).
+  - Where C(ssh.socket) listens its ports are changed with those of the settings, under the same proof.
   - A changed port is taken when the old one stays beside it; without the present port the change is refused.
   - A run that did not come in by ssh (C(podman), C(local)) has no login to prove; its change is kept when sshd comes
     back from its reload.
@@ -71,6 +106,17 @@ EXAMPLES = r"""
       PermitRootLogin: false
       AllowGroups: [ops]
   become: true
+
+- name: Let the jumpers through, and nothing else
+  censuschat.infra.sshd_config:
+    name: bastion
+    matches:
+      - criteria: Group jumpers
+        settings:
+          DisableForwarding: false
+          AllowTcpForwarding: local
+          MaxSessions: 0
+  become: true
 """
 
 RETURN = r"""
@@ -81,7 +127,7 @@ actions:
   elements: dict
   contains:
     kind:
-      description: V(sshd_file) or V(sshd_reload).
+      description: V(sshd_file), V(sshd_socket) or V(sshd_reload).
       type: str
     target:
       description: The file or unit.
@@ -104,10 +150,12 @@ last_revert:
   type: str
 """
 
+import os
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_host, sshd_plan
+from ansible_collections.censuschat.infra.plugins.module_utils.node.keep import Keeper
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import diff_of
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import Commands, NodeError
 
@@ -115,27 +163,45 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 def apply(module: AnsibleModule, commands: Commands) -> dict[str, Any]:
     """The first phase; returns the module's result."""
     settings = module.params["settings"]
+    matches = [sshd_plan.Match(m["criteria"], m["settings"]) for m in module.params["matches"]]
+    drop_in = sshd_plan.drop_in_of(module.params["name"])
     if module.params["revert_after"] < 20:
         raise NodeError("revert_after under 20 s leaves no time for the proof")
     sshd_host.settle(commands, check=module.check_mode)
-    observed = sshd_host.observe(commands)
-    actions = sshd_plan.plan(settings, observed)
-    sshd_host.prove_candidate(settings, actions, module.params["provable"], commands)
+    observed = sshd_host.observe(commands, drop_in=drop_in)
+    actions = sshd_plan.plan(settings, observed, in_main=module.params["in_main"], matches=matches)
+    provable = module.params["provable"]
+    sshd_host.prove_candidate(settings, actions, provable, commands, matches=matches, drop_in=drop_in)
     result = {"changed": bool(actions), "actions": [a.public() for a in actions], "diff": diff_of(actions)}
     if sshd_host.last_revert():
         result["last_revert"] = sshd_host.last_revert()
     if actions and not module.check_mode:
-        result["token"] = sshd_host.apply(actions, observed, module.params["revert_after"], commands)
+        keep = Keeper(module.params["run"]) if module.params["run"] else None
+        result["token"] = sshd_host.apply(actions, observed, module.params["revert_after"], commands, keep)
     return result
 
 
 def main() -> None:
+    # Whatever the login's umask is, directories and packages' files are for all to read as ever.
+    os.umask(0o022)
     module = AnsibleModule(
         argument_spec={
-            "settings": {"type": "dict", "required": True},
+            "settings": {"type": "dict", "default": {}},
+            "matches": {
+                "type": "list",
+                "elements": "dict",
+                "default": [],
+                "options": {
+                    "criteria": {"type": "str", "required": True},
+                    "settings": {"type": "dict", "required": True},
+                },
+            },
+            "name": {"type": "str", "default": ""},
             "revert_after": {"type": "int", "default": 60},
+            "in_main": {"type": "bool", "default": False},
             "provable": {"type": "bool", "default": False},
             "phase": {"type": "str", "choices": ["apply", "confirm", "revert"], "default": "apply"},
+            "run": {"type": "str", "default": ""},
             "token": {"type": "str", "default": "", "no_log": False},
         },
         supports_check_mode=True,

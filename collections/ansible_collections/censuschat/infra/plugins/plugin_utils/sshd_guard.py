@@ -28,6 +28,11 @@ def change(action: ActionBase, arguments: dict[str, Any], task_vars: dict[str, A
     token = result.pop("token", "")
     if result.get("failed") or not token:
         return result
+    return settled(action, result, token, task_vars)
+
+
+def settled(action: ActionBase, result: dict[str, Any], token: str, task_vars: dict[str, Any]) -> dict[str, Any]:
+    """Prove the change that waits under `token`, and keep or undo it; returns `result`, failed when it was undone."""
     problem = prove(action, token)
     if not problem:
         ended = _end(action, "confirm", token, task_vars)
@@ -40,7 +45,7 @@ def change(action: ActionBase, arguments: dict[str, Any], task_vars: dict[str, A
         undone = f"It could not be undone from here ({ended}); the node's own timer does it within a minute or so"
     elif any(a["kind"] == "sshd_file" for a in result["actions"]):
         undone = "It was undone and sshd reloaded"
-        result["changed"] = False
+        result["changed"] = any(not a["kind"].startswith("sshd_") for a in result["actions"])
     else:
         undone = "The configuration on the node was not written by this run, so there is nothing to undo; mend it there"
     return {
@@ -50,11 +55,17 @@ def change(action: ActionBase, arguments: dict[str, Any], task_vars: dict[str, A
     }
 
 
-def prove(action: ActionBase, token: str) -> str:
-    """Open a connection that shares nothing with the present one and run a command; "" or what went wrong."""
+def prove(action: ActionBase, token: str, *, as_root: bool = False) -> str:
+    """Open a connection that shares nothing with the present one and run a command; "" or what went wrong.
+
+    `as_root` has it become root too where that needs no password, as a change of PAM can break either.
+    """
     if not by_ssh(action):
         return ""
     present = action._connection
+    become = present.become
+    by_sudo = become is not None and become.name.endswith("sudo") and not become.get_option("become_pass")
+    lead = "sudo -n true && " if as_root and by_sudo else ""
     problem = ""
     for attempt in range(PROOF_ATTEMPTS):
         if attempt:
@@ -66,7 +77,7 @@ def prove(action: ActionBase, token: str) -> str:
         options["reconnection_retries"] = 0
         fresh.set_options(direct=options)
         try:
-            code, out, err = fresh.exec_command(f"echo proof-{token}", sudoable=False)
+            code, out, err = fresh.exec_command(f"{lead}echo proof-{token}", sudoable=False)
         except AnsibleError as error:
             problem = " ".join(str(error).split())
             continue

@@ -7,13 +7,19 @@ sentence that names the control and the remedy.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ansible_collections.censuschat.infra.plugins.module_utils.node.control_state import (
+    check_ranges,
+    check_state,
+    check_values,
+    claims,
+    merged,
+)
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError
 
 PROFILES = ("baseline", "cis_level1", "cis_level2")
@@ -21,43 +27,48 @@ SEVERITIES = ("low", "medium", "high")
 PLATFORMS = ("vm", "container")
 DOMAINS = (
     "accounts",
+    "apparmor",
+    "audit",
     "banners",
+    "bootloader",
     "core_dumps",
     "cron",
+    "firewall",
+    "integrity",
     "kernel_modules",
     "kubernetes",
     "logging",
+    "mounts",
     "packages",
+    "pam",
     "passwords",
     "permissions",
     "services",
     "sshd",
     "sudo",
+    "suid",
     "sysctl",
+    "time",
     "updates",
 )
-# Documents are programs' own configurations: read, never written here.
-DOCUMENT_KINDS = ("yaml", "flags")
-EXPECTATIONS = ("absent", "at_least", "contains", "default", "equals", "excludes", "one_of", "present", "within")
-# What a control's state may be made of; each has its planner in harden_plan or, for sshd, in sshd_plan.
-STATE_KEYS = ("accounts", "blocked_modules", "documents", "node", "permissions", "settings", "sshd", "sysctl")
 _ALLOWED: Mapping[str, tuple[str, ...]] = {
     "applies_to": PLATFORMS,
     "domain": DOMAINS,
     "profiles": PROFILES,
     "severity": SEVERITIES,
 }
-_REQUIRED = ("id", "title", "rationale", "references", "domain", "severity", "profiles", "applies_to", "state")
-_OPTIONAL = ("side_effects", "requires_path", "otherwise")
+_REQUIRED = ("id", "title", "rationale", "references", "domain", "severity", "profiles", "state")
+_OPTIONAL = ("applies_to", "holds", "side_effects", "requires_path", "unless_path", "otherwise", "ranges")
 _ID = re.compile(r"^[a-z][a-z0-9_]+$")
-_SYSCTL = re.compile(r"^[a-z0-9_]+(\.[A-Za-z0-9_*-]+)+$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
     """One hardening rule.
 
-    `requires_path` names what must exist for it to mean anything on a node, `otherwise` what a node without it is.
+    `requires_path` names what must exist for it to mean anything on a node, `unless_path` what must not;
+    `otherwise` says what a node is on which it means nothing.
+    `holds` gives for each platform that cannot hold it the reason; `ranges` bounds what an override may say.
     """
 
     id: str
@@ -69,8 +80,11 @@ class Control:
     profiles: tuple[str, ...]
     applies_to: tuple[str, ...]
     state: Mapping[str, Any]
+    holds: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    ranges: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     side_effects: str = ""
     requires_path: str = ""
+    unless_path: str = ""
     otherwise: str = ""
 
     @staticmethod
@@ -87,12 +101,19 @@ class Control:
             raise NodeError(f"{name} has unknown keys: {', '.join(unknown)}")
         if not _ID.match(str(data["id"])):
             raise NodeError(f"{name}: an id is lower-case letters, digits and underscores")
+        holds = data.get("holds") or {}
+        applies_to = data.get("applies_to") or [p for p in PLATFORMS if p not in holds]
         for key, allowed in _ALLOWED.items():
+            if key not in data:
+                continue
             given = data[key] if isinstance(data[key], list) else [data[key]]
             wrong = [str(value) for value in given if value not in allowed]
             if wrong:
                 raise NodeError(f"{name}: {key} knows {', '.join(allowed)}, not {', '.join(wrong)}")
+        _check_holds(holds, applies_to, name)
         check_state(data["state"], name)
+        check_ranges(data.get("ranges") or {}, name)
+        check_values(data["state"], data.get("ranges") or {}, name)
         return Control(
             id=data["id"],
             title=data["title"],
@@ -101,23 +122,28 @@ class Control:
             domain=data["domain"],
             severity=data["severity"],
             profiles=tuple(data["profiles"]),
-            applies_to=tuple(data["applies_to"]),
+            applies_to=tuple(applies_to),
             state=data["state"],
+            holds=holds,
+            ranges=data.get("ranges") or {},
             side_effects=data.get("side_effects", ""),
             requires_path=data.get("requires_path", ""),
+            unless_path=data.get("unless_path", ""),
             otherwise=data.get("otherwise", ""),
         )
 
     def wire(self) -> dict[str, Any]:
         """What the node needs of the control; texts for people stay on the controller."""
-        return {
+        sent = {
             "id": self.id,
-            "domain": self.domain,
             "applies_to": list(self.applies_to),
+            "holds": dict(self.holds),
             "requires_path": self.requires_path,
+            "unless_path": self.unless_path,
             "otherwise": self.otherwise,
             "state": dict(self.state),
         }
+        return {key: value for key, value in sent.items() if value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,36 +152,7 @@ class Selection:
 
     controls: tuple[Control, ...]
     excluded: tuple[tuple[Control, str], ...]
-
-
-def check_state(state: Any, name: str) -> None:
-    """Refuse a desired state that the engine would not understand."""
-    if not isinstance(state, Mapping) or not state:
-        raise NodeError(f"{name}: state is a mapping of {', '.join(STATE_KEYS)}")
-    unknown = [key for key in state if key not in STATE_KEYS]
-    if unknown:
-        raise NodeError(f"{name}: state knows {', '.join(STATE_KEYS)}, not {', '.join(unknown)}")
-    for key, value in (state.get("sysctl") or {}).items():
-        if not _SYSCTL.match(key):
-            raise NodeError(f"{name}: {key!r} is not a sysctl key in dots")
-        if not isinstance(value, (int, str)) or isinstance(value, bool):
-            raise NodeError(f"{name}: sysctl {key} needs a number or a text, not {value!r}")
-    for entry in state.get("permissions") or []:
-        mode = entry.get("mode", "0000")
-        if not entry.get("paths") or not re.fullmatch(r"0?[0-7]{3,4}", str(mode)) or not isinstance(mode, str):
-            raise NodeError(f"{name}: permissions need paths and an octal mode in quotes")
-    for entry in state.get("documents") or []:
-        if not entry.get("paths") or entry.get("kind") not in DOCUMENT_KINDS or not entry.get("remedy"):
-            raise NodeError(f"{name}: documents need paths, a kind ({', '.join(DOCUMENT_KINDS)}) and a remedy")
-        for key, wanted in (entry.get("expect") or {"(nothing)": {}}).items():
-            unknown = [t for t in wanted if t not in EXPECTATIONS] if isinstance(wanted, Mapping) else []
-            if unknown or wanted == {} or isinstance(wanted, list):
-                raise NodeError(f"{name}: expect {key}: a value, or a mapping of {', '.join(EXPECTATIONS)}")
-    for entry in state.get("settings") or []:
-        if not entry.get("path") or not isinstance(entry.get("values"), Mapping):
-            raise NodeError(f"{name}: settings need a path and values")
-        if entry.get("separator", " ") not in (" ", " = ", "="):
-            raise NodeError(f"{name}: settings: separator is ' ', '=' or ' = '")
+    included: frozenset[str] = frozenset()
 
 
 def catalogue(documents: Iterable[tuple[str, Any]]) -> dict[str, Control]:
@@ -205,7 +202,29 @@ def select(
             raise NodeError(
                 f"hardening override: {control.id} is not in profile {profile}: include it or drop the override"
             )
-    return Selection(tuple(chosen), tuple(excluded))
+    refuse_conflicts(chosen)
+    return Selection(tuple(chosen), tuple(excluded), frozenset(include))
+
+
+def refuse_conflicts(controls: Sequence[Control]) -> None:
+    """NodeError when two controls want different things of one kernel value, file, package, unit and so on."""
+    owners: dict[str, tuple[str, str]] = {}
+    for control in controls:
+        for what, value in claims(control.state):
+            other, theirs = owners.setdefault(what, (control.id, value))
+            if theirs != value:
+                raise NodeError(f"controls {other} and {control.id} want different things of {what}: exclude one")
+
+
+def _check_holds(holds: Any, applies_to: Sequence[str], name: str) -> None:
+    if not isinstance(holds, Mapping) or any(p not in PLATFORMS or not isinstance(r, str) for p, r in holds.items()):
+        raise NodeError(f"{name}: holds gives the reason for a platform ({', '.join(PLATFORMS)}) that cannot hold it")
+    both = [platform for platform in holds if platform in applies_to]
+    if both:
+        raise NodeError(f"{name}: applies_to and holds contradict each other about {both[0]}: keep one of them")
+    short = [platform for platform, reason in holds.items() if len(reason.strip()) < 8]
+    if short or not applies_to:
+        raise NodeError(f"{name}: holds needs its reason in words, and some platform that can hold the control")
 
 
 def unknown_control(identifier: str, controls: Mapping[str, Control]) -> str:
@@ -218,16 +237,10 @@ def unknown_control(identifier: str, controls: Mapping[str, Control]) -> str:
 def _overridden(control: Control, override: Mapping[str, Any] | None) -> Control:
     if override is None:
         return control
-    state = _merged(control.state, override)
-    check_state(state, f"hardening override: control {control.id}")
+    name = f"hardening override: control {control.id}"
+    if not isinstance(override, Mapping) or not override:
+        raise NodeError(f"{name}: an override is a mapping of what is different in its state, not {override!r}")
+    state = merged(control.state, override)
+    check_state(state, name)
+    check_values(state, control.ranges, name)
     return dataclasses.replace(control, state=state)
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(copy.deepcopy(dict(base)))
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merged(merged[key], value)
-        else:
-            merged[key] = value
-    return merged

@@ -19,9 +19,6 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 # Read after every other file, so that its lines are the ones that count at boot.
 SYSCTL_FILE = "/etc/sysctl.d/99-zz-censuschat.conf"
 MODPROBE_FILE = "/etc/modprobe.d/censuschat-hardening.conf"
-EMPTY, LOCKED, SET = "empty", "locked", "set"
-# shadow(5): what useradd writes for "never".
-NEVER_DAYS = 99999
 HEADER = "# Managed by censuschat.infra.node_harden; local changes are overwritten.\n"
 
 
@@ -36,12 +33,43 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Permission:
-    """Ownership, and the most that the mode may allow, of paths (globs allowed)."""
+    """Ownership, and the most that the mode may allow, of paths (globs allowed).
+
+    Of `owners` and `groups` the first is set, all are accepted. kind: file, directory, or "" for both. With `recursive`
+    all below a directory is meant too, files with `mode` and directories with `directory_mode`.
+    """
 
     paths: tuple[str, ...]
-    owner: str = ""
+    owners: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     mode: int = 0o7777
+    directory_mode: int | None = None
+    kind: str = ""
+    recursive: bool = False
+    skipped: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> Permission:
+        """Read an entry of a control's state."""
+        mode = int(data.get("mode", "7777"), 8)
+        recursive = bool(data.get("recursive"))
+        apart = int(data.get("directory_mode", "7777"), 8) if recursive else None
+        return Permission(
+            paths=tuple(data["paths"]),
+            owners=(data["owner"],) if data.get("owner") else tuple(data.get("owners") or ()),
+            groups=tuple(data.get("groups") or ()),
+            mode=mode,
+            directory_mode=apart,
+            kind=data.get("kind") or "",
+            recursive=recursive,
+            skipped=tuple(data.get("except") or ()),
+        )
+
+    def speaks_of(self, path: str) -> bool:
+        """Whether `path` is one of those meant."""
+        if any(globbed(path, pattern) for pattern in self.skipped):
+            return False
+        return any(globbed(path, pattern, below=self.recursive) for pattern in self.paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +87,6 @@ class Document:
 
 
 @dataclasses.dataclass(frozen=True)
-class Account:
-    """One line of passwd with what shadow says of it.
-
-    `secret` is empty, locked or set; `max_days` is how long it lasts, None when it does not expire.
-    """
-
-    name: str
-    uid: int
-    shell: str
-    secret: str
-    max_days: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Facts:
     """The node as observed for all selected controls at once."""
 
@@ -81,9 +95,16 @@ class Facts:
     modules: frozenset[str] = frozenset()
     files: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     permissions: Mapping[str, PathState] = dataclasses.field(default_factory=dict)
-    accounts: tuple[Account, ...] = ()
     documents: Mapping[tuple[str, ...], Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """The merged content at each document's paths; flags under their names."""
+
+
+def globbed(path: str, pattern: str, *, below: bool = False) -> bool:
+    """Whether the glob `pattern` finds `path`; a star does not reach over a slash. `below`: or a directory above it."""
+    parts, wanted = path.split("/"), pattern.split("/")
+    if len(parts) != len(wanted) and not (below and len(parts) > len(wanted)):
+        return False
+    return all(fnmatch.fnmatchcase(part, want) for part, want in zip(parts, wanted, strict=False))
 
 
 def normal(value: str) -> str:
@@ -101,6 +122,11 @@ def parse_sysctl(text: str) -> dict[str, str]:
     return found
 
 
+def key_matches(live: str, key: str) -> bool:
+    """Whether the running key `live` is meant by `key`, whose star stands for each interface."""
+    return fnmatch.fnmatchcase(live, key)
+
+
 def plan_sysctl(desired: Mapping[str, str], facts: Facts) -> list[Action]:
     """What differs in the file that holds from the next boot, and in the running kernel."""
     stored = parse_sysctl(facts.files.get(SYSCTL_FILE) or "")
@@ -111,7 +137,7 @@ def plan_sysctl(desired: Mapping[str, str], facts: Facts) -> list[Action]:
             actions.append(
                 Action("sysctl_file", key, f"= {normal(value)} at boot", value, before, f"{key} = {normal(value)}\n")
             )
-        for live in sorted(k for k in facts.kernel if fnmatch.fnmatchcase(k, key)):
+        for live in sorted(k for k in facts.kernel if key_matches(k, key)):
             now = facts.kernel[live]
             if now != normal(value):
                 actions.append(
@@ -140,10 +166,11 @@ def plan_modules(desired: Sequence[str], facts: Facts) -> list[Action]:
         for m in desired
         if blocked_lines(m) not in text
     ]
+    # What is loaded in a container is the machine's.
     return actions + [
         Action("module", m, f"{m} is loaded", m, "loaded\n", "not loaded\n")
         for m in desired
-        if m.replace("-", "_") in facts.modules
+        if m.replace("-", "_") in facts.modules and not facts.container
     ]
 
 
@@ -205,49 +232,18 @@ def plan_permission(want: Permission, facts: Facts) -> list[Action]:
     """Paths whose owner, group or mode allows more than wanted; a stricter mode is left alone."""
     actions = []
     for path, now in sorted(facts.permissions.items()):
-        if now.kind in ("absent", "link") or not any(fnmatch.fnmatchcase(path, p) for p in want.paths):
+        if now.kind in ("absent", "link") or want.kind not in ("", now.kind) or not want.speaks_of(path):
             continue
-        owner = want.owner or now.owner
+        owner = now.owner if not want.owners or now.owner in want.owners else want.owners[0]
         group = now.group if not want.groups or now.group in want.groups else want.groups[0]
-        mode = now.mode & want.mode
+        apart = want.directory_mode is not None and now.kind == "directory"
+        mode = now.mode & (want.directory_mode if apart and want.directory_mode is not None else want.mode)
         before = f"{now.owner}:{now.group} {now.mode:04o}"
         after = f"{owner}:{group} {mode:04o}"
         if before != after:
             payload = (owner, group, mode)
             actions.append(Action("permission", path, f"{before} -> {after}", payload, before + "\n", after + "\n"))
     return actions
-
-
-def judge_accounts(rules: Mapping[str, bool], facts: Facts) -> list[str]:
-    """Violations that only a person can mend, each a sentence."""
-    found = []
-    if rules.get("only_root_has_uid_0"):
-        for account in facts.accounts:
-            if account.uid == 0 and account.name != "root":
-                found.append(f"account {account.name} has uid 0: give it a uid of its own or remove it")
-    if rules.get("no_empty_passwords"):
-        for account in facts.accounts:
-            if account.secret == EMPTY:
-                found.append(f"account {account.name} has an empty password: lock it with `passwd -l {account.name}`")
-    if rules.get("unique_uids"):
-        uids: dict[int, str] = {}
-        for account in facts.accounts:
-            if account.uid in uids:
-                found.append(f"accounts {uids[account.uid]} and {account.name} share uid {account.uid}")
-            uids.setdefault(account.uid, account.name)
-    if rules.get("system_accounts_have_no_shell"):
-        for account in facts.accounts:
-            no_login = account.shell.endswith(("/nologin", "/false", "/sync"))
-            if 0 < account.uid < 1000 and account.secret == SET and not no_login:
-                found.append(f"system account {account.name} has a password and the shell {account.shell}: lock it")
-    if rules.get("key_logins_do_not_expire"):
-        for account in facts.accounts:
-            if account.uid >= 1000 and account.secret == LOCKED and account.max_days is not None:
-                found.append(
-                    f"account {account.name} logs in by key, and PAM will refuse it {account.max_days} days after its "
-                    f"last password change: run `chage -M -1 {account.name}`"
-                )
-    return found
 
 
 def judge_document(want: Document, facts: Facts) -> list[str]:

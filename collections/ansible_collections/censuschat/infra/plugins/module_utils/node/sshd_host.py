@@ -20,23 +20,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ansible_collections.censuschat.infra.plugins.module_utils.node import sshd_plan
+from ansible_collections.censuschat.infra.plugins.module_utils.node.keep import Keeper
 from ansible_collections.censuschat.infra.plugins.module_utils.node.sshd_plan import (
     DROP_IN,
     DROP_IN_DIRECTORY,
     MAIN,
+    SOCKET_DROP_IN,
     Login,
+    Match,
     SshdObserved,
 )
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_host import observe_units
-from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Action
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Action, UnitState
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import (
     Commands,
     NodeError,
     PathState,
     observe_path,
+    remove_path,
     write_atomically,
 )
 
+UNITS = ("ssh.service", "ssh.socket")
 STATE = "/var/lib/censuschat-sshd"
 PENDING = f"{STATE}/pending"
 REVERT = f"{STATE}/revert"
@@ -57,19 +62,20 @@ ExecStart=/bin/sh {REVERT}
 RELOAD_WAIT_S = 10.0
 
 
-def observe(commands: Commands) -> SshdObserved:
-    """Configuration files and the running state of sshd."""
+def observe(commands: Commands, units: Mapping[str, UnitState] | None = None, drop_in: str = DROP_IN) -> SshdObserved:
+    """Configuration files and the running state of sshd; `units` when systemd was already asked for UNITS."""
     if shutil.which("sshd", path="/usr/sbin:/usr/local/sbin") is None:
         raise NodeError("sshd is not installed: there is nothing to configure; install openssh-server or leave it out")
     paths = [MAIN, DROP_IN_DIRECTORY, *glob.glob(f"{DROP_IN_DIRECTORY}/*.conf"), *glob.glob("/etc/ssh/ssh_host_*_key")]
     newest = max((observe_path(p) for p in paths), key=lambda state: state.ctime)
-    units = observe_units(["ssh.service", "ssh.socket"], commands)
+    units = observe_units(UNITS, commands) if units is None else units
     return SshdObserved(
-        drop_in=observe_path(DROP_IN, read=True),
+        drop_in=observe_path(drop_in, read=True),
         main=observe_path(MAIN, read=True),
         service=units["ssh.service"],
         socket=units["ssh.socket"],
         newest=newest,
+        socket_drop_in=observe_path(SOCKET_DROP_IN, read=True),
     )
 
 
@@ -144,8 +150,19 @@ def effective_of(config: str, login: Login | None, commands: Commands) -> dict[s
     return sshd_plan.parse_effective(done.out)
 
 
-def prove_candidate(settings: Mapping[str, Any], actions: Sequence[Action], provable: bool, commands: Commands) -> None:
+def prove_candidate(
+    settings: Mapping[str, Any] | None,
+    actions: Sequence[Action],
+    provable: bool,
+    commands: Commands,
+    *,
+    matches: Sequence[Match] = (),
+    drop_in: str = DROP_IN,
+) -> None:
     """Have sshd read the configuration as it would be, before anything is written.
+
+    Without `settings` (a rollback) the files of `actions` are judged as they are. When nothing is to change only
+    what overrules the settings is looked for.
 
     Raises NodeError when sshd refuses it, when another file overrules a setting, when the login of this run
     would not get in any more, or when its controller could not prove a change (`provable`).
@@ -163,12 +180,14 @@ def prove_candidate(settings: Mapping[str, Any], actions: Sequence[Action], prov
         for path in glob.glob(f"{DROP_IN_DIRECTORY}/*.conf"):
             shutil.copy(path, drop_ins)
         main = observe_path(MAIN, read=True).content or ""
+        mine = sshd_plan.render(settings, matches) if settings is not None else ""
+        if settings is not None:
+            _candidate(drop_ins, drop_in, mine)
         for action in actions:
             if action.kind == "sshd_file" and action.target == MAIN:
-                main = action.payload
-        mine = sshd_plan.render(settings)
-        with open(os.path.join(drop_ins, os.path.basename(DROP_IN)), "w", encoding="utf-8") as handle:
-            handle.write(mine)
+                main = action.payload or ""
+            elif action.kind == "sshd_file" and os.path.dirname(action.target) == DROP_IN_DIRECTORY:
+                _candidate(drop_ins, action.target, action.payload)
         whole_path = os.path.join(directory, "sshd_config")
         with open(whole_path, "w", encoding="utf-8") as handle:
             handle.write(main.replace(f"{DROP_IN_DIRECTORY}/", f"{drop_ins}/"))
@@ -177,24 +196,35 @@ def prove_candidate(settings: Mapping[str, Any], actions: Sequence[Action], prov
             handle.write(mine)
         try:
             whole = effective_of(whole_path, None, commands)
-            alone = effective_of(alone_path, None, commands)
-            for_login = effective_of(whole_path, login, commands) if login else {}
+            alone = effective_of(alone_path, None, commands) if settings is not None else {}
+            for_login = effective_of(whole_path, login, commands) if login and actions else {}
         except NodeError as error:
             raise NodeError(
                 str(error).replace(f"{drop_ins}/", f"{DROP_IN_DIRECTORY}/").replace(f"{directory}/", "/etc/ssh/")
             ) from error
-    other = sshd_plan.overruled(settings, alone, whole)
+    other = sshd_plan.overruled(settings or {}, alone, whole)
     if other:
         raise NodeError(
             f"another part of {MAIN} or of {DROP_IN_DIRECTORY} decides first, nothing was changed: {'; '.join(other)}"
         )
-    if login is not None:
+    if login is not None and actions:
         known = Login(
             login.user, login.groups, login.client, login.server, login.port, key_types(login.user, for_login)
         )
         problem = sshd_plan.login_problem(for_login, known)
         if problem:
             raise NodeError(f"the change would lock out {login.user}, nothing was changed: {problem}")
+
+
+def _candidate(directory: str, path: str, content: str | None) -> None:
+    """Put the file that `path` would be into the candidate's `directory`; None takes it out."""
+    copy = os.path.join(directory, os.path.basename(path))
+    if content is None:
+        if os.path.exists(copy):
+            os.unlink(copy)
+        return
+    with open(copy, "w", encoding="utf-8") as handle:
+        handle.write(content)
 
 
 def settle(commands: Commands, *, check: bool) -> None:
@@ -219,8 +249,16 @@ def last_revert() -> str:
     return (observe_path(LAST_REVERT, read=True).content or "").strip()
 
 
-def apply(actions: Sequence[Action], observed: SshdObserved, revert_after_s: int, commands: Commands) -> str:
+def apply(
+    actions: Sequence[Action],
+    observed: SshdObserved,
+    revert_after_s: int,
+    commands: Commands,
+    keep: Keeper | None = None,
+) -> str:
     """Arm the revert, write, reload, and wait until sshd runs with the new configuration.
+
+    `keep` is the journal of the run that this change belongs to.
 
     Returns the token that confirms or reverts the change; "" when no sshd runs, so that nothing can be
     proven or lost. Any failure here reverts at once and raises NodeError.
@@ -228,21 +266,46 @@ def apply(actions: Sequence[Action], observed: SshdObserved, revert_after_s: int
     writes = [a for a in actions if a.kind == "sshd_file"]
     running = observed.service.running or observed.by_socket
     token = secrets.token_hex(8)
+    if keep is not None:
+        keep.before(actions)
     if running:
         _arm(writes, token, revert_after_s, commands)
     try:
         os.makedirs(DROP_IN_DIRECTORY, mode=0o755, exist_ok=True)
         for action in writes:
-            now = observe_path(action.target)
-            mode = now.mode if now.kind == "file" else 0o600
-            write_atomically(action.target, action.payload, "root", "root", mode)
+            _write(action)
+        if any(a.kind == "sshd_socket" for a in actions):
+            _listen_anew(observed, commands)
         if observed.service.running:
             _reload(commands)
     except (NodeError, OSError) as error:
         if running:
             revert(token, commands)
         raise NodeError(f"the sshd change failed and was undone: {error}") from error
+    if keep is not None:
+        keep.after()
     return token if running else ""
+
+
+def _write(action: Action) -> None:
+    if action.payload is None:
+        remove_path(action.target)
+        return
+    now = observe_path(action.target)
+    os.makedirs(os.path.dirname(action.target), mode=0o755, exist_ok=True)
+    fresh = 0o644 if action.target == SOCKET_DROP_IN else 0o600
+    write_atomically(action.target, action.payload, "root", "root", now.mode if now.kind == "file" else fresh)
+
+
+def _listen_anew(observed: SshdObserved, commands: Commands) -> None:
+    """Have systemd open the socket's new ports; the sessions of the old ones are processes of their own and stay."""
+    commands.must(["systemctl", "daemon-reload"], "telling systemd about the ports of ssh.socket")
+    if observed.service.running:
+        # The socket hands its ports to one running sshd, which has to let go of the old ones first.
+        commands.must(["systemctl", "stop", "ssh.service"], "stopping sshd to change its socket")
+    commands.must(["systemctl", "restart", "ssh.socket"], "opening the ports of ssh.socket")
+    if observed.service.running:
+        commands.must(["systemctl", "start", "ssh.service"], "starting sshd on its changed socket")
 
 
 def _arm(writes: Sequence[Action], token: str, revert_after_s: int, commands: Commands) -> None:
@@ -286,6 +349,13 @@ def _prepare_revert(writes: Sequence[Action], token: str) -> None:
             lines.append(f"cp -p {STATE}/reverting/{index} {new} && mv {new} {path}")
         else:
             lines.append(f"rm -f {path}")
+    if any(action.target == SOCKET_DROP_IN for action in writes):
+        lines += [
+            "systemctl daemon-reload",
+            "if systemctl -q is-active ssh.service; then systemctl stop ssh.service; again=1; else again=; fi",
+            "systemctl restart ssh.socket",
+            '[ -z "$again" ] || systemctl start ssh.service',
+        ]
     lines += [
         "if systemctl -q is-active ssh.service; then systemctl reload ssh.service || systemctl restart ssh.service; fi",
         f"date -u +%FT%TZ > {LAST_REVERT}",

@@ -17,8 +17,15 @@ DROP_IN_DIRECTORY = "/etc/ssh/sshd_config.d"
 DROP_IN = f"{DROP_IN_DIRECTORY}/00-censuschat.conf"
 INCLUDE = f"Include {DROP_IN_DIRECTORY}/*.conf"
 HEADER = "# Managed by censuschat.infra.sshd_config; local changes are overwritten.\n"
+# The same settings at the top of the main file, for programs that judge an sshd by that file alone.
+BLOCK_BEGIN = "# BEGIN censuschat.infra.sshd_config"
+BLOCK_END = "# END censuschat.infra.sshd_config"
+_ASLEEP = "# censuschat.infra.sshd_config: "
+# Where sshd is started by its socket, systemd listens, not sshd: its ports are the socket's.
+SOCKET_DROP_IN = "/etc/systemd/system/ssh.socket.d/00-censuschat.conf"
 
-_REPEATED = {"port", "listenaddress", "hostkey", "acceptenv", "setenv", "permitlisten", "permitopen", "subsystem"}
+# Of SetEnv, PermitOpen and PermitListen sshd takes the first line only (tried with 9.2), so these are not among them.
+_REPEATED = {"port", "listenaddress", "hostkey", "acceptenv", "subsystem"}
 _COMMAS = {
     "casignaturealgorithms",
     "ciphers",
@@ -29,6 +36,11 @@ _COMMAS = {
     "pubkeyacceptedalgorithms",
 }
 _STRUCTURE = {"match", "include"}
+_CRITERIA = {"user", "group", "host", "localaddress", "localport", "rdomain", "address"}
+# What ssh.socket and the rest of the node go by stands in the one drop-in of all of it.
+_SHARED = {"port", "listenaddress"}
+# Who may log in stands in one file only, so that nobody has to look in two.
+_WHO = {"allowusers", "allowgroups", "denyusers", "denygroups"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +56,27 @@ class Login:
 
 
 @dataclasses.dataclass(frozen=True)
+class Match:
+    """Settings for the connections that `criteria` (sshd_config(5), without the word Match) select."""
+
+    criteria: str
+    settings: Mapping[str, Any]
+
+    def lines(self) -> list[str]:
+        """The block; NodeError when its criteria select everybody or nothing that sshd knows."""
+        words = self.criteria.split()
+        names = [word.lower() for word in words[::2]]
+        if "\n" in self.criteria or len(words) % 2 or not words or not set(names) <= _CRITERIA:
+            raise NodeError(
+                f"sshd matches: {self.criteria!r} is not a list of criteria with a pattern each, as in 'Group jumpers' "
+                "or 'User backup Address 10.0.0.0/8'"
+            )
+        if not self.settings:
+            raise NodeError(f"sshd matches: {self.criteria} has no settings")
+        return [f"Match {self.criteria}", *(f"    {line}" for line in _lines(self.settings))]
+
+
+@dataclasses.dataclass(frozen=True)
 class SshdObserved:
     """sshd's configuration and its running state. `newest` is the configuration file changed last."""
 
@@ -52,6 +85,7 @@ class SshdObserved:
     service: UnitState
     socket: UnitState
     newest: PathState
+    socket_drop_in: PathState = dataclasses.field(default_factory=lambda: PathState(SOCKET_DROP_IN))
 
     @property
     def by_socket(self) -> bool:
@@ -84,15 +118,28 @@ def lines_of(key: str, value: Any) -> list[str]:
     return [f"{key} {text}" for text in values]
 
 
-def render(settings: Mapping[str, Any]) -> str:
-    """The whole drop-in for `settings`; keys that differ only in case are refused."""
+def drop_in_of(name: str) -> str:
+    """The path of the drop-in called `name`; "" is the one that holds the node's own settings."""
+    if not name:
+        return DROP_IN
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        raise NodeError(f"sshd: {name!r} cannot name a drop-in: use lower-case letters, digits and hyphens")
+    return f"{DROP_IN_DIRECTORY}/00-censuschat-{name}.conf"
+
+
+def _lines(settings: Mapping[str, Any]) -> list[str]:
+    """The lines of `settings`, sorted; keys that differ only in case are refused."""
     lowered = [key.lower() for key in settings]
     twice = sorted({key for key in lowered if lowered.count(key) > 1})
     if twice:
         raise NodeError(f"sshd settings: {', '.join(twice)} is given more than once")
-    return HEADER + "".join(
-        f"{line}\n" for key in sorted(settings, key=str.lower) for line in lines_of(key, settings[key])
-    )
+    return [line for key in sorted(settings, key=str.lower) for line in lines_of(key, settings[key])]
+
+
+def render(settings: Mapping[str, Any], matches: Sequence[Match] = ()) -> str:
+    """The whole drop-in for `settings`, with the blocks of `matches` after them."""
+    lines = [*_lines(settings), *(line for match in matches for line in match.lines())]
+    return HEADER + "".join(f"{line}\n" for line in lines)
 
 
 def includes_drop_ins(main_text: str) -> bool:
@@ -107,17 +154,79 @@ def includes_drop_ins(main_text: str) -> bool:
     return False
 
 
-def plan(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
-    """What to write, and whether the running sshd has to read its configuration again."""
+def without_block(text: str) -> str:
+    """The main file's text without our block, and with the lines that it had put to sleep awake again."""
+    kept = []
+    inside = False
+    for line in text.splitlines(keepends=True):
+        if line.startswith((BLOCK_BEGIN, BLOCK_END)):
+            inside = line.startswith(BLOCK_BEGIN)
+        elif not inside:
+            kept.append(line.removeprefix(_ASLEEP))
+    return "".join(kept)
+
+
+def with_block(text: str, settings: Mapping[str, Any]) -> str:
+    """The main file's text with `settings` in a block at its top; other global lines of the same keywords sleep.
+
+    Keywords that add up when they are repeated, and those that say who may log in, stay in the drop-in only.
+    """
+    chosen = {k: v for k, v in settings.items() if k.lower() not in _REPEATED | _WHO}
+    rest = []
+    everyone = True
+    for line in without_block(text).splitlines(keepends=True):
+        word = line.split()[0].lower() if line.split() else ""
+        everyone = everyone and word != "match"
+        rest.append(f"{_ASLEEP}{line}" if everyone and word in {key.lower() for key in chosen} else line)
+    lines = [f"{line}\n" for key in sorted(chosen, key=str.lower) for line in lines_of(key, chosen[key])]
+    block = f"{BLOCK_BEGIN}\n{''.join(lines)}{BLOCK_END}\n" if lines else ""
+    return block + "".join(rest)
+
+
+def socket_text(settings: Mapping[str, Any]) -> str:
+    """The drop-in of ssh.socket for the ports and addresses of `settings`; "" when they speak of none."""
+    lowered = {key.lower(): value for key, value in settings.items()}
+    ports = _many(lowered.get("port", 22))
+    addresses = _many(lowered.get("listenaddress", []))
+    if not addresses and "port" not in lowered:
+        return ""
+    entries = []
+    for address in addresses:
+        # An address that names its own port keeps it; an IPv6 address has colons without naming one.
+        own = re.fullmatch(r"(\[[^]]+\]|[^:]+):[0-9]+", address)
+        bare = f"[{address}]" if ":" in address and not address.startswith("[") else address
+        entries += [address] if own else [f"{bare}:{port}" for port in ports]
+    lines = [f"ListenStream={entry}\n" for entry in (entries or ports)]
+    return f"{HEADER}[Socket]\nListenStream=\n{''.join(lines)}"
+
+
+def _many(value: Any) -> list[str]:
+    return [value_text(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def plan(
+    settings: Mapping[str, Any], observed: SshdObserved, *, in_main: bool = False, matches: Sequence[Match] = ()
+) -> list[Action]:
+    """What to write, and whether the running sshd has to read its configuration again.
+
+    `in_main` has the settings stand at the top of the main file too; a block that is there is always kept up.
+    A drop-in with a name of its own (`observed.drop_in.path`) leaves that block and the socket to the nameless one.
+    """
     actions = []
-    wanted = render(settings)
+    wanted = render(settings, matches)
+    target = observed.drop_in.path
     if observed.drop_in.content != wanted:
-        actions.append(Action("sshd_file", DROP_IN, "content", wanted, shown(observed.drop_in.content), wanted))
-    main = observed.main.content or ""
-    if not includes_drop_ins(main):
-        actions.append(
-            Action("sshd_file", MAIN, "read the drop-ins first", f"{INCLUDE}\n{main}", main, f"{INCLUDE}\n{main}")
-        )
+        actions.append(Action("sshd_file", target, "content", wanted, shown(observed.drop_in.content), wanted))
+    if target == DROP_IN:
+        actions += _plan_main(settings, observed, in_main)
+        actions += _plan_socket(settings, observed)
+    else:
+        shared = [key for key in settings if key.lower() in _SHARED]
+        if in_main or shared:
+            what = ", ".join(shared) or "in_main"
+            raise NodeError(f"sshd settings: {what} belongs to the drop-in without a name")
+        if not includes_drop_ins(without_block(observed.main.content or "")):
+            raise NodeError(f"{MAIN} does not read {DROP_IN_DIRECTORY}: add `{INCLUDE}` as its first line")
     if observed.service.running:
         if actions:
             actions.append(Action("sshd_reload", "ssh.service", "its configuration changes"))
@@ -128,10 +237,42 @@ def plan(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
     return actions
 
 
-def stale_keys(settings: Mapping[str, Any], observed: SshdObserved) -> list[str]:
-    """The settings that the present drop-in does not hold as wanted."""
+def _plan_main(settings: Mapping[str, Any], observed: SshdObserved, in_main: bool) -> list[Action]:
+    main = observed.main.content or ""
+    after = without_block(main)
+    detail = "read the drop-ins first"
+    if not includes_drop_ins(after):
+        after = f"{INCLUDE}\n{after}"
+    elif in_main or BLOCK_BEGIN in main:
+        detail = "the settings at its top"
+    if in_main or BLOCK_BEGIN in main:
+        after = with_block(after, settings)
+    return [Action("sshd_file", MAIN, detail, after, shown(main), shown(after))] if after != main else []
+
+
+def _plan_socket(settings: Mapping[str, Any], observed: SshdObserved) -> list[Action]:
+    wanted = socket_text(settings)
+    now = observed.socket_drop_in.content or ""
+    if not observed.socket.running or wanted == now:
+        return []
+    payload = wanted or None
+    return [
+        Action("sshd_file", SOCKET_DROP_IN, "its ports", payload, shown(now), wanted or "absent\n"),
+        Action("sshd_socket", "ssh.socket", "listens elsewhere"),
+    ]
+
+
+def stale_keys(settings: Mapping[str, Any], observed: SshdObserved, *, in_main: bool = False) -> list[str]:
+    """The settings that the present drop-in, or our block in the main file, does not hold as wanted."""
     now = (observed.drop_in.content or "").splitlines()
-    return [key for key, value in settings.items() if any(line not in now for line in lines_of(key, value))]
+    main = observed.main.content or ""
+    block = main[: main.find(BLOCK_END)].splitlines() if BLOCK_BEGIN in main else []
+    found = []
+    for key, value in settings.items():
+        alone = key.lower() in _REPEATED | _WHO or not (in_main or block)
+        if any(line not in now or not (alone or line in block) for line in lines_of(key, value)):
+            found.append(key)
+    return found
 
 
 def parse_effective(text: str) -> dict[str, list[str]]:
@@ -184,6 +325,8 @@ def login_problem(effective: Mapping[str, Sequence[str]], login: Login) -> str:
     methods = one("authenticationmethods", "any").split()
     if "any" not in methods and "publickey" not in methods:
         return f"AuthenticationMethods {' '.join(methods)} asks {login.user} for more than its key"
+    if one("maxsessions", "10") == "0":
+        return f"MaxSessions 0 leaves {login.user} without a session"
     if one("forcecommand", "none") != "none":
         return f"ForceCommand {one('forcecommand', 'none')} replaces the commands of {login.user}"
     if one("chrootdirectory", "none") != "none":

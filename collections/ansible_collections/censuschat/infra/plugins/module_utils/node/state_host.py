@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
+import glob
 import grp
 import os
 import pwd
 import re
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import (
     Action,
@@ -21,11 +24,12 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model 
     Group,
     Link,
     Observed,
+    Package,
     UnitState,
     User,
     UserState,
 )
-from ansible_collections.censuschat.infra.plugins.module_utils.node.state_plan import plan
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_plan import APT, plan
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import (
     Commands,
     NodeError,
@@ -38,7 +42,10 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
 )
 
 _PROPERTIES = "Id,LoadState,ActiveState,UnitFileState,NeedDaemonReload,ActiveEnterTimestamp,StateChangeTimestamp"
+_PROPERTIES += ",ReloadResult"
 LOCK_WAIT_S = 120
+# Gives the path of a package's archive in a directory.
+Fetch = Callable[[Package, str], str]
 # Each of these makes systemd read all unit files again, about 0.2 s, so they are done for all units together.
 SWITCHES = ("unmask", "enable", "disable", "mask")
 # Package lists younger than this are used as they are.
@@ -66,15 +73,35 @@ def observe(desired: Desired, commands: Commands) -> Observed:
     for path in others:
         if path not in looked:
             looked[path] = observe_path(path)
+    packages = observed_packages(
+        [
+            *(p.name for p in desired.packages),
+            *desired.packages_absent,
+            *desired.packages_held,
+            *desired.packages_unheld,
+        ],
+        commands,
+    )
     return Observed(
         leftovers=(_POLICY,) if _policy_is_left() else (),
         hostnames=(os.uname().nodename, (observe_path("/etc/hostname", read=True).content or "").strip()),
-        installed=installed_packages([*desired.packages_present, *desired.packages_absent], commands),
+        installed=frozenset(name for name, state in packages.items() if state.version),
+        versions={name: state.version for name, state in packages.items()},
+        held=frozenset(name for name, state in packages.items() if state.held),
         groups=frozenset(g.gr_name for g in grp.getgrall()),
         users=observe_users(desired),
         paths=looked,
         units=observe_units([s.name for s in desired.services], commands),
+        entries={d.path: entries_of(d.path) for d in desired.directories if d.exclusive},
     )
+
+
+def entries_of(directory: str) -> tuple[str, ...]:
+    """The names in `directory`, sorted; none where there is no such directory."""
+    try:
+        return tuple(sorted(os.listdir(directory)))
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
 
 
 def observe_users(desired: Desired) -> dict[str, UserState]:
@@ -86,23 +113,41 @@ def observe_users(desired: Desired) -> dict[str, UserState]:
         except KeyError:
             continue
         groups = {grp.getgrgid(gid).gr_name for gid in os.getgrouplist(name, entry.pw_gid)}
-        users[name] = UserState(name, frozenset(groups), entry.pw_shell, entry.pw_dir)
+        users[name] = UserState(name, frozenset(groups), entry.pw_shell, entry.pw_dir, entry.pw_uid)
     return users
 
 
-def installed_packages(names: Sequence[str], commands: Commands) -> frozenset[str]:
-    """Those of `names` that dpkg has installed."""
+@dataclasses.dataclass(frozen=True)
+class PackageState:
+    """What dpkg knows of a package: `version` is "" unless it is installed."""
+
+    version: str
+    held: bool
+
+
+def observed_packages(names: Sequence[str], commands: Commands) -> dict[str, PackageState]:
+    """Those of `names` that dpkg knows, in one dpkg-query."""
     if not names:
-        return frozenset()
-    done = commands.run(["dpkg-query", "-W", "-f", "${binary:Package}\t${Package}\t${db:Status-Status}\n", *names])
+        return {}
+    wanted = list(dict.fromkeys(names))
+    fields = "${binary:Package}\t${Package}\t${db:Status-Status}\t${db:Status-Want}\t${Version}\n"
+    done = commands.run(["dpkg-query", "-W", "-f", fields, *wanted])
     if done.code not in (0, 1):
         raise NodeError(f"dpkg-query cannot tell what is installed: {done.tail()}")
-    found: set[str] = set()
-    for line in done.out.splitlines():
-        binary, package, status = line.split("\t")
-        if status == "installed":
-            found |= {binary, package}
-    return frozenset(name for name in names if name in found)
+    return parse_packages(wanted, done.out)
+
+
+def parse_packages(names: Sequence[str], text: str) -> dict[str, PackageState]:
+    """The lines of `observed_packages`; a package is known by its name with and without the architecture."""
+    found: dict[str, PackageState] = {}
+    for line in text.splitlines():
+        binary, package, status, want, version = line.split("\t")
+        state = PackageState(version if status == "installed" else "", want == "hold")
+        for name in {binary, package}:
+            # Of two architectures the installed one counts.
+            if state.version or name not in found:
+                found[name] = state
+    return {name: found[name] for name in names if name in found}
 
 
 def timestamp(text: str) -> float:
@@ -129,6 +174,7 @@ def parse_units(names: Sequence[str], text: str) -> dict[str, UnitState]:
             need_reload=said.get("NeedDaemonReload") == "yes",
             active_since=timestamp(said.get("ActiveEnterTimestamp", "")),
             changed_at=timestamp(said.get("StateChangeTimestamp", "")),
+            reload_result=said.get("ReloadResult", ""),
         )
     return units
 
@@ -152,12 +198,18 @@ def switches(action: Action) -> bool:
     return action.kind == "service" and action.payload in SWITCHES
 
 
+def precedes_packages(action: Action) -> bool:
+    """Whether packages are installed differently after `action`: what apt reads, and a hold that is lifted."""
+    return action.target.startswith(APT) or (action.kind == "hold" and action.detail == "unhold")
+
+
 class Executor:
     """Carries out actions; remembers what was done, so that a failure can say how far it came."""
 
-    def __init__(self, desired: Desired, commands: Commands) -> None:
+    def __init__(self, desired: Desired, commands: Commands, fetch: Fetch | None = None) -> None:
         self.desired = desired
         self.commands = commands
+        self.fetch = fetch
         self.done: list[Action] = []
 
     def converge(self, actions: Sequence[Action]) -> list[Action]:
@@ -166,13 +218,17 @@ class Executor:
         packages = [a for a in actions if a.kind == "package"]
         rest = [a for a in actions if a.kind != "package"]
         if packages:
+            for action in rest:
+                if precedes_packages(action):
+                    self.apply(action)
+                    self.done.append(action)
             self.install(packages)
             rest = plan(self.desired, observe(self.desired, self.commands))
-            still = [a.target for a in rest if a.kind == "package"]
+            still = [f"{a.target} ({a.detail})" for a in rest if a.kind == "package"]
             if still:
                 raise NodeError(
                     f"apt reported success, but dpkg does not agree for {', '.join(still)}: "
-                    "name real packages, not virtual ones"
+                    "name real packages, not virtual ones, and the version that an archive states"
                 )
         batched = False
         for action in rest:
@@ -220,6 +276,8 @@ class Executor:
             if observe_path("/etc/hostname", read=True).content != f"{item}\n":
                 write_atomically("/etc/hostname", f"{item}\n", "root", "root", 0o644)
             self.commands.must(["hostname", str(item)], f"naming the host {item}")
+        elif action.kind == "hold":
+            self.commands.must(["apt-mark", action.detail, action.target], f"apt-mark {action.detail} {action.target}")
         elif action.kind == "absent":
             remove_path(action.target)
         elif action.kind == "systemd":
@@ -235,11 +293,15 @@ class Executor:
                 self.commands.must(["systemctl", "--quiet", verb, "--", *units], f"systemctl {verb}")
 
     def _user(self, user: User) -> None:
+        if user.absent:
+            self.commands.must(["userdel", user.name], f"removing user {user.name}")
+            return
         try:
             entry = pwd.getpwnam(user.name)
         except KeyError:
             argv = ["useradd", "--create-home" if user.create_home else "--no-create-home"]
             argv += ["--system"] if user.system else []
+            argv += ["--uid", str(user.uid)] if user.uid is not None else []
             argv += ["--shell", user.shell] if user.shell is not None else []
             argv += ["--home-dir", user.home] if user.home is not None else []
             argv += ["--groups", ",".join(user.groups)] if user.groups else []
@@ -275,24 +337,46 @@ class Executor:
                 raise NodeError(f"unit {name} failed right after its start; {self._journal(name)}")
 
     def install(self, actions: Sequence[Action]) -> None:
-        install = [a.target for a in actions if a.detail == "install"]
+        install = [
+            a.payload if isinstance(a.payload, Package) else Package(a.target) for a in actions if a.detail != "remove"
+        ]
         remove = [a.target for a in actions if a.detail == "remove"]
         if install:
-            fresh = lists_age_s() < LISTS_FRESH_S
-            if not fresh:
-                self._update()
-            with _no_starts():
-                done = self._apt(["install", "--no-install-recommends", *install])
-                if done and fresh:
-                    self._update()
-                    done = self._apt(["install", "--no-install-recommends", *install])
-            if done:
-                raise NodeError(f"installing {', '.join(install)} failed: {done}")
+            with tempfile.TemporaryDirectory(prefix="censuschat-") as directory:
+                # apt's fetcher is a user of its own, who has to read what is to be installed from there.
+                os.chmod(directory, 0o755)  # noqa: S103
+                wanted = [self._archive(p, directory) if p.url else p.wanted for p in install]
+                self._install(wanted, self._choices(install))
         if remove:
             done = self._apt(["remove", *remove])
             if done:
                 raise NodeError(f"removing {', '.join(remove)} failed: {done}")
         self.done += actions
+
+    def _archive(self, package: Package, directory: str) -> str:
+        if self.fetch is None:
+            raise NodeError(f"package {package.name} is to come from {package.url}, which is not provided for here")
+        return self.fetch(package, directory)
+
+    def _choices(self, install: Sequence[Package]) -> list[str]:
+        """What apt-get may do for a version that is asked for: go back to it, and change what is held at another."""
+        if not any(p.version for p in install):
+            return []
+        held = ["--allow-change-held-packages"] if {p.name for p in install} & set(self.desired.packages_held) else []
+        return ["--allow-downgrades", *held]
+
+    def _install(self, wanted: Sequence[str], choices: Sequence[str]) -> None:
+        fresh = lists_age_s() < LISTS_FRESH_S
+        if not fresh:
+            self._update()
+        with _no_starts():
+            done = self._apt(["install", "--no-install-recommends", *choices, *wanted])
+            # Older lists can be the cause of a failure, but not of a lock that somebody else holds.
+            if done and fresh and "Could not get lock" not in done:
+                self._update()
+                done = self._apt(["install", "--no-install-recommends", *choices, *wanted])
+        if done:
+            raise NodeError(f"installing {', '.join(wanted)} failed: {done}")
 
     def _update(self) -> None:
         deadline = time.monotonic() + LOCK_WAIT_S
@@ -327,14 +411,17 @@ class Executor:
 
 
 def lists_age_s() -> float:
-    """Seconds since the package lists were last fetched; infinite when there are none."""
+    """Seconds since the package lists were last fetched; infinite when there are none, or older than the sources."""
     lists = "/var/lib/apt/lists"
     try:
         if not any(re.search(r"_(Packages|InRelease|Release)(\.|$)", name) for name in os.listdir(lists)):
             return float("inf")
-        return time.time() - max(os.stat(lists).st_mtime, os.stat(os.path.join(lists, "partial")).st_mtime)
+        fetched_at = max(os.stat(lists).st_mtime, os.stat(os.path.join(lists, "partial")).st_mtime)
     except FileNotFoundError:
         return float("inf")
+    sources = ["/etc/apt/sources.list", "/etc/apt/sources.list.d", *glob.glob("/etc/apt/sources.list.d/*")]
+    changed_at = max((os.stat(path).st_mtime for path in sources if os.path.exists(path)), default=0.0)
+    return float("inf") if changed_at > fetched_at else time.time() - fetched_at
 
 
 @contextlib.contextmanager

@@ -12,8 +12,32 @@ from typing import Any
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError, PathState
 
 _NAME = re.compile(r"^[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?$")
+_VERSION = re.compile(r"^[0-9][A-Za-z0-9.+:~-]*$")
+_ARCHIVE_URL = re.compile(r"^(https?://[^\s/@]+/|file:///)\S+$")
+_CHECKSUM = re.compile(r"^(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})$")
 _HOSTNAME = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$")
 _UNIT = re.compile(r"^[A-Za-z0-9:_.\\@-]+\.(service|socket|timer|target|path|mount|slice)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """A package to have; `version` "" is any. With a `url` it is that .deb, proven by `checksum` (ALGORITHM:HEX)."""
+
+    name: str
+    version: str = ""
+    url: str = ""
+    checksum: str = ""
+
+    @staticmethod
+    def of(text: str) -> Package:
+        """A package as `packages.present` names it: NAME or NAME=VERSION."""
+        name, _equals, version = text.partition("=")
+        return Package(name, version)
+
+    @property
+    def wanted(self) -> str:
+        """As apt-get is asked for it."""
+        return f"{self.name}={self.version}" if self.version else self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +54,8 @@ class User:
     shell: str | None = None
     home: str | None = None
     create_home: bool = False
+    uid: int | None = None
+    absent: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +64,7 @@ class Directory:
     owner: str
     group: str
     mode: int
+    exclusive: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +106,14 @@ class Desired:
     links: tuple[Link, ...] = ()
     absent: tuple[str, ...] = ()
     services: tuple[Service, ...] = ()
+    packages_held: tuple[str, ...] = ()
+    packages_unheld: tuple[str, ...] = ()
+    archives: tuple[Package, ...] = ()
+
+    @property
+    def packages(self) -> tuple[Package, ...]:
+        """All packages to have, from the package lists and from archives."""
+        return (*(Package.of(p) for p in self.packages_present), *self.archives)
 
     @staticmethod
     def of(params: Mapping[str, Any]) -> Desired:
@@ -97,6 +132,8 @@ class Desired:
                     shell=u.get("shell"),
                     home=u.get("home"),
                     create_home=bool(u.get("create_home")),
+                    uid=u.get("uid"),
+                    absent=u.get("state") == "absent",
                 )
                 for u in params.get("users") or ()
             ),
@@ -106,6 +143,7 @@ class Desired:
                     owner=d.get("owner") or "root",
                     group=d.get("group") or "root",
                     mode=_mode(d.get("mode") or "0755", d["path"]),
+                    exclusive=bool(d.get("exclusive")),
                 )
                 for d in params.get("directories") or ()
             ),
@@ -134,6 +172,11 @@ class Desired:
                 )
                 for s in params.get("services") or ()
             ),
+            packages_held=tuple(packages.get("held") or ()),
+            packages_unheld=tuple(packages.get("unheld") or ()),
+            archives=tuple(
+                Package(a["name"], a["version"], a["url"], a["checksum"]) for a in packages.get("archives") or ()
+            ),
         )
         desired._check()
         return desired
@@ -141,12 +184,7 @@ class Desired:
     def _check(self) -> None:
         if self.hostname and not _HOSTNAME.match(self.hostname):
             raise NodeError(f"hostname {self.hostname!r} is not a host name of letters, digits, hyphens and dots")
-        for name in (*self.packages_present, *self.packages_absent):
-            if not _NAME.match(name):
-                raise NodeError(f"packages: {name!r} is not a Debian package name")
-        both = set(self.packages_present) & set(self.packages_absent)
-        if both:
-            raise NodeError(f"packages: {', '.join(sorted(both))} cannot be both present and absent")
+        self._check_packages()
         paths = [
             *(d.path for d in self.directories),
             *(f.path for f in self.files),
@@ -155,6 +193,14 @@ class Desired:
         ]
         for path in sorted({p for p in paths if paths.count(p) > 1}):
             raise NodeError(f"{path} is given more than once: a path has one desired state")
+        for directory in self.directories:
+            if directory.exclusive and directory.path.count("/") < 2:
+                raise NodeError(
+                    f"directories: {directory.path} is refused as exclusive: other programs' files are there"
+                )
+        for user in self.users:
+            if user.absent and user.name == "root":
+                raise NodeError("users: root cannot be absent")
         for file in self.files:
             if file.validate and "%s" not in file.validate:
                 raise NodeError(f"files: {file.path}: validate needs one %s for the file to check")
@@ -166,6 +212,43 @@ class Desired:
             if service.masked and (service.enabled or service.state == "started"):
                 raise NodeError(f"services: {service.name} cannot be masked and enabled or started")
 
+    def _check_packages(self) -> None:
+        for text in self.packages_present:
+            if not _NAME.match(Package.of(text).name):
+                raise NodeError(f"packages: {text!r} is not a Debian package name")
+            if "=" in text and not _VERSION.match(Package.of(text).version):
+                raise NodeError(f"packages: {text!r} has no Debian version after its =")
+        present = [p.name for p in self.packages]
+        for name in (*present, *self.packages_absent, *self.packages_held, *self.packages_unheld):
+            if not _NAME.match(name):
+                raise NodeError(f"packages: {name!r} is not a Debian package name")
+        # A name may come twice from two lists that were joined; two versions of it may not.
+        for name in dict.fromkeys(present):
+            wanted = {p for p in self.packages if p.name == name}
+            if len(wanted) > 1:
+                raise NodeError(f"packages: {name} is wanted as {' and as '.join(sorted(p.wanted for p in wanted))}")
+        for one, other, words in (
+            (present, self.packages_absent, "present and absent"),
+            (self.packages_held, self.packages_unheld, "held and unheld"),
+            (self.packages_held, self.packages_absent, "held and absent"),
+        ):
+            both = set(one) & set(other)
+            if both:
+                raise NodeError(f"packages: {', '.join(sorted(both))} cannot be both {words}")
+        for archive in self.archives:
+            if not _VERSION.match(archive.version):
+                raise NodeError(f"packages: archive {archive.name}: {archive.version!r} is not a Debian version")
+            if not _ARCHIVE_URL.match(archive.url):
+                raise NodeError(
+                    f"packages: archive {archive.name}: its url is to be an HTTP, HTTPS or file URL without a user or "
+                    "password in it, which would be shown"
+                )
+            if not _CHECKSUM.match(archive.checksum):
+                raise NodeError(
+                    f"packages: archive {archive.name}: its checksum is to be sha256: or sha512: with the digest in "
+                    "lower-case hexadecimal digits, as its publisher states it"
+                )
+
 
 @dataclasses.dataclass(frozen=True)
 class UserState:
@@ -173,6 +256,7 @@ class UserState:
     groups: frozenset[str]
     shell: str
     home: str
+    uid: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +270,7 @@ class UnitState:
     need_reload: bool = False
     active_since: float = 0.0
     changed_at: float = 0.0
+    reload_result: str = ""
 
     @property
     def running(self) -> bool:
@@ -197,7 +282,8 @@ class Observed:
     """The node as it is, for the names and paths that the desired state speaks of.
 
     `hostnames` are the kernel's and the one that the next boot takes from its file; `leftovers` are files that
-    an interrupted run of this module made for its own time.
+    an interrupted run of this module made for its own time. `versions` are those of `installed`; `entries` are the
+    names in a directory that is to have no others.
     """
 
     hostnames: tuple[str, str] = ("", "")
@@ -207,6 +293,9 @@ class Observed:
     users: Mapping[str, UserState] = dataclasses.field(default_factory=dict)
     paths: Mapping[str, PathState] = dataclasses.field(default_factory=dict)
     units: Mapping[str, UnitState] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    held: frozenset[str] = frozenset()
+    entries: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def path(self, path: str) -> PathState:
         return self.paths.get(path, PathState(path))

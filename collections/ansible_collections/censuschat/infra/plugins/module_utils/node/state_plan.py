@@ -11,6 +11,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model 
     Directory,
     File,
     Observed,
+    Package,
     Service,
     UnitState,
     User,
@@ -19,17 +20,33 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model 
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError, PathState, shown
 
 _UNIT_DIRECTORIES = ("/etc/systemd/system/", "/usr/lib/systemd/system/", "/lib/systemd/system/", "/run/systemd/system/")
+APT = "/etc/apt/"
 
 
 def plan(desired: Desired, observed: Observed) -> list[Action]:
     """The actions that bring `observed` to `desired`; an empty list when nothing is to be done."""
     actions = [Action("absent", path, "left by an interrupted run", path) for path in observed.leftovers]
+    contents = _contents(desired, observed)
+    # What packages are taken from comes before the packages.
+    actions += [a for a in contents if a.target.startswith(APT)]
     actions += _packages(desired, observed)
-    installing = any(a.kind == "package" and a.detail == "install" for a in actions)
+    installing = any(a.kind == "package" and a.detail.startswith("install") for a in actions)
     if desired.hostname and set(observed.hostnames) != {desired.hostname}:
         now = " / ".join(dict.fromkeys(observed.hostnames))
         actions.append(Action("hostname", desired.hostname, f"is {now}", desired.hostname, before=f"{now}\n"))
     actions += _accounts(desired, observed)
+    actions += [a for a in contents if not a.target.startswith(APT)]
+    touched = frozenset(a.target for a in contents)
+    stale = any(observed.units[s.name].need_reload for s in desired.services if s.name in observed.units)
+    if stale or any(p.startswith(_UNIT_DIRECTORIES) for p in touched):
+        actions.append(Action("systemd", "daemon-reload", "unit files changed"))
+    for service in desired.services:
+        actions += _service(service, desired, observed, touched, installing)
+    return actions
+
+
+def _contents(desired: Desired, observed: Observed) -> list[Action]:
+    """Directories, files, links and what is to be absent."""
     contents = [a for d in desired.directories for a in _directory(d, observed.path(d.path))]
     contents += [a for f in desired.files for a in _file(f, observed.path(f.path))]
     contents += [
@@ -49,23 +66,46 @@ def plan(desired: Desired, observed: Observed) -> list[Action]:
         for path in desired.absent
         if observed.path(path).kind != "absent"
     ]
-    actions += contents
-    touched = frozenset(a.target for a in contents)
-    stale = any(observed.units[s.name].need_reload for s in desired.services if s.name in observed.units)
-    if stale or any(p.startswith(_UNIT_DIRECTORIES) for p in touched):
-        actions.append(Action("systemd", "daemon-reload", "unit files changed"))
-    for service in desired.services:
-        actions += _service(service, desired, observed, touched, installing)
-    return actions
+    given = [*(d.path for d in desired.directories), *(f.path for f in desired.files), *(x.path for x in desired.links)]
+    for directory in desired.directories:
+        for path in (os.path.join(directory.path, name) for name in observed.entries.get(directory.path, ())):
+            if path not in desired.absent and not any(g == path or g.startswith(f"{path}/") for g in given):
+                why = f"remove: {directory.path} holds only what it is given"
+                contents.append(Action("absent", path, why, path, before="present\n", after="absent\n"))
+    return contents
 
 
 def _packages(desired: Desired, observed: Observed) -> list[Action]:
-    missing = [p for p in desired.packages_present if p not in observed.installed]
-    surplus = [p for p in desired.packages_absent if p in observed.installed]
-    return [
-        *(Action("package", p, "install", p, before="absent\n", after="installed\n") for p in missing),
-        *(Action("package", p, "remove", p, before="installed\n", after="absent\n") for p in surplus),
+    actions = [
+        Action("hold", p, "unhold", p, before="held\n", after="not held\n")
+        for p in desired.packages_unheld
+        if p in observed.held
     ]
+    for package in dict.fromkeys(desired.packages):
+        there = package.name in observed.installed
+        version = observed.versions.get(package.name, "")
+        if there and package.version in ("", version):
+            continue
+        detail = "install"
+        if package.version:
+            detail += f" {package.version}" + (f", is {version}" if there else "")
+        if package.url:
+            detail += f", from {package.url}"
+        before = (version or "installed") if there else "absent"
+        actions.append(
+            Action("package", package.name, detail, package, f"{before}\n", f"{package.version or 'installed'}\n")
+        )
+    actions += [
+        Action("package", p, "remove", Package(p), before="installed\n", after="absent\n")
+        for p in desired.packages_absent
+        if p in observed.installed
+    ]
+    actions += [
+        Action("hold", p, "hold", p, before="not held\n", after="held\n")
+        for p in desired.packages_held
+        if p not in observed.held
+    ]
+    return actions
 
 
 def _accounts(desired: Desired, observed: Observed) -> list[Action]:
@@ -82,9 +122,16 @@ def _accounts(desired: Desired, observed: Observed) -> list[Action]:
 
 
 def _user_detail(user: User, now: UserState | None) -> str:
+    if user.absent:
+        return "remove, its home stays" if now else ""
     if now is None:
         return "create" + (f", groups {','.join(user.groups)}" if user.groups else "")
     parts = []
+    if user.uid not in (None, now.uid):
+        raise NodeError(
+            f"user {user.name} has the uid {now.uid} and not {user.uid}: its files would stay the old number's; "
+            "give the present one, or remove the account and its files first"
+        )
     missing = [g for g in user.groups if g not in now.groups]
     if missing:
         parts.append(f"add to groups {','.join(missing)}")
@@ -175,6 +222,8 @@ def _service(
             act("restart", why)
         else:
             why = _newer(want.reload_on, max(now.changed_at, now.active_since), observed, touched)
+            if not why and want.reload_on and now.reload_result not in ("", "success"):
+                why = f"its last reload failed ({now.reload_result})"
             if why:
                 act("reload", why)
     return actions

@@ -181,6 +181,22 @@ def set_attributes(path: str, owner: str, group: str, mode: int) -> None:
         os.chmod(path, mode)
 
 
+_REMEDIES = {
+    errno.ENOSPC: "free some space there (`df -h {place}`), then run again",
+    errno.EDQUOT: "raise the quota or free some space there, then run again",
+    errno.EROFS: "mount it writable (`mount -o remount,rw`) or see in the kernel's log why it no longer is",
+    errno.EACCES: "run with become: true",
+    errno.EPERM: "see whether the file is immutable (`lsattr`), and run with become: true",
+}
+
+
+def reason(error: OSError, place: str) -> str:
+    """What went wrong at `place` and, where it is known, what to do about it."""
+    what = f"{error.strerror or error} in {place}"
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{what}: {remedy.format(place=place)}" if remedy else what
+
+
 def write_atomically(
     path: str,
     content: str,
@@ -204,7 +220,7 @@ def write_atomically(
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", suffix=".new", dir=directory)
     except OSError as error:
-        raise NodeError(f"{path} cannot be written: {error.strerror} in {directory}") from error
+        raise NodeError(f"{path} cannot be written: {reason(error, directory)}") from error
     try:
         with os.fdopen(descriptor, "wb") as handle:
             handle.write(data)
@@ -230,7 +246,7 @@ def write_atomically(
             else:
                 raise
     except OSError as error:
-        raise NodeError(f"{path} cannot be written: {error.strerror}") from error
+        raise NodeError(f"{path} cannot be written: {reason(error, directory)}") from error
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)
