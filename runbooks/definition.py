@@ -350,6 +350,8 @@ def _hold_together(definition: Definition) -> None:
     approvals = definition.approvals
     if approvals.of and approvals.need > len(approvals.of):
         raise _broken(path, f"approvals.need: {approvals.need} of {len(approvals.of)} people cannot be had")
+    if definition.steps and definition.steps[0].slices > 1:
+        raise _broken(path, "steps.0.slices: the first step begins the run, plans it and sees all hosts, in one job")
     for number, step in enumerate(definition.steps):
         if step.on_failure == "undo" and not (step.undo and step.undo.playbook):
             raise _broken(path, f"steps.{number}.on_failure: undo needs an undo with a playbook")

@@ -38,6 +38,7 @@ from runbooks.records import Door as DoorName
 from runbooks.records import StepOutcome
 from runbooks.request import Request
 from runbooks.session import Interrupted, Order, Session, Stop, Warm
+from runbooks.slices import Slice, SliceWork, of_job
 from runbooks.step import MARK, Events, Result
 from runbooks.work import Ending, Work
 
@@ -69,7 +70,7 @@ class Entry:
     """What ansible-playbook is about to do: which runbook, and which play is which playbook of it.
 
     A unit is a step's id, or that with its gate: "route", "route.before.0". alone: the steps are a part of the run's
-    steps, and what comes after is another job of an AWX workflow.
+    steps, and what comes after is another job of an AWX workflow. slice: this is one of several jobs on the same step.
     """
 
     definition: Definition
@@ -77,6 +78,7 @@ class Entry:
     door: DoorName
     run: str
     alone: bool
+    slice: Slice | None = None
 
 
 # -- what was called
@@ -109,7 +111,8 @@ def entry(call: Call) -> Entry | None:
     if not alone:
         definition = replace(definition, steps=tuple(step for step in definition.steps if step.id in chosen))
     units = [unit for unit in dict.fromkeys(map(unit_of, call.plays)) if unit and unit.split(".")[0] in chosen]
-    return Entry(definition, units, "awx" if job else "ansible-playbook", run, alone)
+    part = of_job(call.extra, told, workflow, job)
+    return Entry(definition, units, "awx" if job else "ansible-playbook", run, alone, part)
 
 
 def unit_of(play: Any) -> str:
@@ -264,6 +267,14 @@ class Within(Work):
         return self._door.hand_over(Turn(what, timeout_s, effects, dict(self._outputs)))
 
 
+class WithinSlice(SliceWork, Within):
+    """Work in the ansible-playbook of one slice of a step."""
+
+    def __init__(self, door: Door, part: Slice, *arguments: Any) -> None:
+        super().__init__(door, *arguments)
+        self.slice = part
+
+
 class Door:
     """Ansible's side. All methods but ``hand_over`` are called by the callback, in ansible-playbook's main thread.
 
@@ -278,6 +289,7 @@ class Door:
         self._now: Turn | Ended | None = None
         self._stop = Stop()
         self._why: tuple[StepOutcome, str] | None = None
+        self._work: Within | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._engine, name="runbook", daemon=True)
 
@@ -316,15 +328,20 @@ class Door:
     def _worked(self) -> Ended:
         path, entry = self._inventory(), self.entry
         session, given = self._session(path), self._given()
-        os.environ[MARK] = entry.run  # What is left of a dead run is found by it.
-        way = engine.Way(entry.door, self._within, Cold)
+        share = entry.slice.share if entry.slice else ""
+        # What is left of a dead run is found by it, but not by a slice beside it.
+        os.environ[MARK] = f"{entry.run}/slice" if share else entry.run
+        way = engine.Way(entry.door, self._within, Cold, share)
         try:
-            if entry.alone and self._is_known(path):
+            if share or (entry.alone and self._is_known(path)):
                 ended = engine.resume(entry.run, session.progress, self._stop, session.order, path, way=way)
             else:
                 ended = engine.start(request.prepare(entry.definition, path, given, session), session, way)
         finally:
             session.warm.close()
+        if isinstance(self._work, SliceWork) and self._work.left:
+            problem = self._work.own
+            return Ended(errors.OK if problem is None else errors.FAILED, problem)
         if ended.state.state == "waiting" and ended.code == errors.OK:
             return Ended(errors.OK)  # It goes on in another job.
         return Ended(ending.end(ended, as_json=False))
@@ -333,7 +350,10 @@ class Door:
         self._provide(request)
         self._stop = session.stop
         self._tell(f"Run {request.run} of runbook {request.definition.name} on {request.environment.name}")
-        return Within(self, request, journal, session, fence, notifier)
+        arguments = (request, journal, session, fence, notifier)
+        part = self.entry.slice
+        self._work = WithinSlice(self, part, *arguments) if part else Within(self, *arguments)
+        return self._work
 
     def _is_known(self, path: Path) -> bool:
         from runbooks.environment import Environment

@@ -39,11 +39,15 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How a run is entered: by which door, what does its work there, and what warms its playbooks up."""
+    """How a run is entered: by which door, what does its work there, and what warms its playbooks up.
+
+    share: what the run's other processes are at work on beside this one (``runbooks.slices``); empty: it is alone.
+    """
 
     door: Door = "runbook"
     work: Callable[[Request, Journal, Session, int, Notifier], Work] = Work
     warm: type[Warm] = Warm
+    share: str = ""
 
 
 COMMAND = Way()
@@ -129,16 +133,18 @@ def _again(
         warm = way.warm(run, environment.path)
         session = Session(run, warm, progress, stop, order)
         try:
-            Locks(environment, journal).outlast(run, progress.note, stop)
+            Locks(environment, journal).outlast(run, progress.note, stop, way.share)
             request.secrets = check_secrets(definition, environment, secret_texts(definition, session))
             compare_secrets(request, state.secrets)
-            with _held(request, journal, session, resuming=True) as held:
-                request.left_out = preflight.check(environment, definition.reach, request.variables())
+            with _held(request, journal, session, resuming=True, share=way.share) as held:
+                request.left_out = preflight.check(
+                    environment, definition.reach, request.variables(), part=bool(way.share)
+                )
                 check_settings(request)
                 authorised = {} if undo else _authorise_again(request, journal, session, state)
                 data = {"left_out": request.left_out, "undo": undo, **authorised}
-                journal.take_over(run, data, fence=held.lease.fence, door=way.door)
-                ended = end_leftovers(run)
+                _take_over(journal, run, data, held, way)
+                ended = 0 if way.share else end_leftovers(run)
                 if ended:
                     progress.note(f"Ended {ended} process(es) that the dead run had left behind")
                 if not undo:
@@ -152,6 +158,16 @@ def _again(
         raise
     finally:
         journal.close()
+
+
+def _take_over(journal: Journal, run: str, data: dict[str, object], held: Held, way: Way) -> None:
+    """Go on with the run; of several processes that share it the first says so. Raises LockLost."""
+    try:
+        journal.take_over(run, data, fence=held.lease.fence, door=way.door)
+    except LockLost:
+        if not way.share:
+            raise
+        journal.attach(run, held.lease.fence, way.door)
 
 
 def locate(name: str | None, inventory: Path | None) -> tuple[Journal, str, Environment | None]:
@@ -238,10 +254,10 @@ class Held:
 
 
 @contextlib.contextmanager
-def _held(request: Request, journal: Journal, session: Session, *, resuming: bool) -> Iterator[Held]:
+def _held(request: Request, journal: Journal, session: Session, *, resuming: bool, share: str = "") -> Iterator[Held]:
     """Hold the run's locks; they are given back when it was refused before it had begun."""
     locks = Locks(request.environment, journal)
-    lease = locks.take(request.definition, request.run, resuming=resuming)
+    lease = locks.take(request.definition, request.run, resuming=resuming, share=share)
     session.stop.lease = lease
     with lease:
         try:
@@ -251,6 +267,8 @@ def _held(request: Request, journal: Journal, session: Session, *, resuming: boo
             with contextlib.suppress(Problem):
                 if not _going(journal, request.run):
                     locks.release(lease)
+                elif share:
+                    locks.leave(lease)
             raise
 
 
@@ -287,9 +305,12 @@ def _carry_out(request: Request, journal: Journal, session: Session, held: Held,
             try:
                 ending = job.undo() if undo else job.steps()
             finally:
-                if ending is None or ending.state not in ("succeeded", "undone"):
+                if not way.share and (ending is None or ending.state not in ("succeeded", "undone")):
                     end_leftovers(request.run)
-        journal.finish(ending.state, ending.reason)
+        if ending.part and not _leaves_last(journal, held, ending):
+            return Ended(request, journal.state(request.run), ending.code)
+        if not ending.part:
+            journal.finish(ending.state, ending.reason)
         with contextlib.suppress(Lost, Problem):  # Whatever stays behind is a finished run's, and so nobody's.
             (held.locks.park if ending.state == "waiting" else held.locks.release)(held.lease)
         if not ending.quiet:
@@ -302,6 +323,18 @@ def _carry_out(request: Request, journal: Journal, session: Session, held: Held,
     finally:
         notifier.close()
     return Ended(request, journal.state(request.run), ending.code)
+
+
+def _leaves_last(journal: Journal, held: Held, ending: Ending) -> bool:
+    """Leave the run to the processes that share it; whether this was the last one, which records how the run stands."""
+    try:
+        if not held.locks.leave(held.lease):
+            return False
+        journal.finish(ending.state, ending.reason)
+    except (LockLost, Problem):
+        # Another one was faster, or the store does not answer: the lease of what is left there ends by itself.
+        return False
+    return True
 
 
 def _lost(job: Work, session: Session) -> Refused:

@@ -199,10 +199,14 @@ class Environment:
         """The environment's own next command for a fault (variable runbook_help: topic -> command)."""
         return str((self.get("runbook_help") or {}).get(topic, default))
 
-    def nodes(self, pattern: str) -> list[Node]:
-        """The hosts that a pattern names. Raises Problem when it names none."""
+    def hosts(self) -> list[str]:
+        """The names of all hosts."""
+        return sorted(host.name for host in self._inventory.get_hosts("all"))
+
+    def nodes(self, pattern: str, *, none: bool = False) -> list[Node]:
+        """The hosts that a pattern names. Raises Problem when it names none, unless that may be (``none``)."""
         hosts = self._inventory.get_hosts(pattern)
-        if not hosts:
+        if not hosts and not none:
             raise Problem(
                 f"The inventory {self.path} has no host that matches {pattern}",
                 code="inventory-pattern-empty",

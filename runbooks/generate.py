@@ -117,6 +117,8 @@ def playbook(runbook: Definition, directory: Path) -> str:
         f"# {runbook.title}.\n"
         "# The callback censuschat.infra.runbook_journal makes it a run: lock, windows, approvals and journal.\n"
     )
+    if any(step.before or step.after for step in runbook.steps):
+        head += "# Gates judge what the steps before them did, nothing in check mode: there they are left out.\n"
     return head + "\n".join(dump([play]) for play in plays)
 
 
@@ -319,7 +321,7 @@ def _steps(runbook: Definition) -> str:
             "a gate: it opens the way or refuses, without a change" if step.gate else "",
             "waits for an approval" if step.approval else "",
             "takes itself and the steps before it back when it fails" if step.on_failure == "undo" else "",
-            f"{step.slices} jobs in AWX" if step.slices > 1 else "",
+            f"in AWX {step.slices} jobs, each with its share of the hosts" if step.slices > 1 else "",
         ]
         title = step.title + "".join(f"; {note}" for note in notes if note)
         touches = ", ".join(step.touches) or "nothing"

@@ -41,10 +41,9 @@ class Locks:
         self.where = where
         self.lease_s = _seconds(environment, 1.0 if isinstance(self.store, JournalStore) else LEAST_S)
 
-    def _wish(self, definition: Definition, run: str, *, resuming: bool) -> Wish:
-        return Wish(
-            self._environment, definition.locks, run, definition.name, Process.current(), self.lease_s, resuming
-        )
+    def _wish(self, definition: Definition, run: str, *, resuming: bool, share: str = "") -> Wish:
+        me = Process.current()
+        return Wish(self._environment, definition.locks, run, definition.name, me, self.lease_s, resuming, share)
 
     def _going(self, run: str) -> bool:
         """Whether the journal has the run and it is not over: a lock that is left by any other is nobody's."""
@@ -59,24 +58,27 @@ class Locks:
         """Raises Refused when the runbook's locks could not be taken now."""
         locks.check(self.store, self._wish(definition, "", resuming=False), self._going)
 
-    def take(self, definition: Definition, run: str, *, resuming: bool = False) -> Lease:
+    def take(self, definition: Definition, run: str, *, resuming: bool = False, share: str = "") -> Lease:
         """Take the runbook's locks for a run, at once or not at all; the lease, not yet being renewed.
 
+        share: what other processes of the run hold them for as well: whoever comes first takes them, the others join.
         Raises Refused with who has them, for what and since when.
         """
         asked = locks.clock()
-        fence = locks.acquire(self.store, self._wish(definition, run, resuming=resuming), self._going)
+        fence = locks.acquire(self.store, self._wish(definition, run, resuming=resuming, share=share), self._going)
         return Lease(self.store.another(), fence, self.lease_s, asked)
 
-    def outlast(self, run: str, note: Callable[[str], None], stop: Callable[[], bool]) -> None:
+    def outlast(self, run: str, note: Callable[[str], None], stop: Callable[[], bool], share: str = "") -> None:
         """Wait until the lease of a run's holder on another machine has ended, as long as nobody renews it.
+
+        share: what it may be held for; there is nothing to wait for then.
 
         From here nobody can see whether that process lives; its lease tells, by its end or by its renewal.
         """
         book, now = self.store.read()
         holder = book.of_run(run)
         here = Process.current()
-        if holder is None or holder.ends is None or now >= holder.ends:
+        if holder is None or holder.ends is None or now >= holder.ends or (share and holder.share == share):
             return
         if (holder.process.host, holder.process.machine) == (here.host, here.machine):
             return
@@ -90,6 +92,10 @@ class Locks:
     def park(self, lease: Lease) -> None:
         """Keep the locks while the run waits for a person. Raises Lost."""
         self.store.change(lambda book, _: (locks.park(book, lease.fence), None))
+
+    def leave(self, lease: Lease) -> bool:
+        """Leave the locks to the processes that share them; True, and they are parked, when this was the last."""
+        return locks.part(self.store, lease.fence)
 
     def release(self, lease: Lease) -> None:
         self.store.change(lambda book, _: (locks.release(book, lease.fence), None))

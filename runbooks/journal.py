@@ -194,9 +194,12 @@ class Journal:
         self._run, self._fence, self._door = run, fence, door
         self._own(self._db.read)
 
-    def append(self, kind: str, step: str | None, data: Document) -> None:
-        """Add a record of the run that this process holds; it is durable on return. Raises LockLost."""
-        self._put(Entry(kind, str(self._run), step, data, self._fence, self._door), self._own)
+    def append(self, kind: str, step: str | None, data: Document, *, once: str = "") -> None:
+        """Add a record of the run that this process holds; it is durable on return. Raises LockLost.
+
+        once: what the record is known by, for one of which the first of several processes has the word.
+        """
+        self._put(Entry(kind, str(self._run), step, data, self._fence, self._door, once or new_id()), self._own)
 
     def record(self, kind: str, run: str, step: str | None, data: Document, *, door: str = "runbook") -> None:
         """Add a record of a run, or of none yet, without its lock: approvals, notifications, acknowledgements."""
@@ -475,24 +478,21 @@ def find(run: str | None, journals: Sequence[Journal] | None = None) -> tuple[Jo
 
     Raises Problem when there is none, or more than one.
     """
-    found: list[tuple[float, Journal, str]] = []
+    found: list[tuple[Journal, str]] = []
     for journal in open_known() if journals is None else journals:
-        for name in journal.runs():
-            if run is None or name == run or run in name:
-                found.append((journal.records(name)[0].wall, journal, name))
-    exact = [entry for entry in found if entry[2] == run]
-    if exact:
-        found = exact
+        names = journal.runs()
+        found += [(journal, name) for name in (names[-1:] if run is None else names) if run is None or run in name]
+    found = [entry for entry in found if entry[1] == run] or found
     if not found:
         what = "No runbook has been run from this machine" if run is None else f"There is no run {run} on this machine"
         raise Problem(what, code="run-unknown", next_command="runbook runs" if run else "runbook list")
     if run is not None and len(found) > 1:
-        names = ", ".join(sorted(entry[2] for entry in found)[:5])
-        raise Problem(f"{run} is part of more than one run: {names}", code="run-ambiguous", next_command="runbook runs")
-    newest = max(found, key=lambda entry: entry[0])
-    for journal in {entry[1] for entry in found} - {newest[1]}:
+        shown = ", ".join(sorted(name for _, name in found)[:5])
+        raise Problem(f"{run} is part of more than one run: {shown}", code="run-ambiguous", next_command="runbook runs")
+    newest = found[0] if len(found) == 1 else max(found, key=lambda entry: entry[0].records(entry[1])[0].wall)
+    for journal in {entry[0] for entry in found} - {newest[0]}:
         journal.close()
-    return newest[1], newest[2]
+    return newest
 
 
 @contextmanager

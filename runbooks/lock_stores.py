@@ -6,6 +6,7 @@ import email.utils
 import json
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -68,7 +69,7 @@ class JournalStore:
         return self._journal.change_book(planned)
 
 
-class _Conditional:
+class _Conditional(ABC):
     """A document that is replaced only when it is the one that was read; the clock is that of the server's answers.
 
     The server tells the time in whole seconds, so a lease may look a second shorter to others than it is. Its holder
@@ -82,15 +83,15 @@ class _Conditional:
         return self  # Its client may be used by several threads.
 
     def close(self) -> None:
-        """Nothing is open between two questions."""
+        return None  # Nothing is open between two questions.
 
+    @abstractmethod
     def _get(self) -> tuple[dict[str, Any] | None, Any, float]:
         """The document, its version, and the server's clock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _put(self, document: dict[str, Any], version: Any) -> bool:
         """Whether it was replaced: False when it is not of that version any more."""
-        raise NotImplementedError
 
     def read(self) -> tuple[Book, float]:
         with _Answers(self.where):

@@ -82,7 +82,8 @@ def pid_start(pid: int) -> str | None:
 @dataclass(frozen=True, slots=True)
 class Holder:
     """Who holds a lock. what: its runbook. since, ends: unix seconds of the store's clock; ends is None for a run that
-    waits for a person: nobody renews it and it does not end."""
+    waits for a person: nobody renews it and it does not end. share: what other processes of the run hold it for as
+    well, which are its fellows; empty: it holds it alone."""
 
     run: str
     what: str
@@ -90,6 +91,16 @@ class Holder:
     since: float
     ends: float | None
     fence: int
+    share: str = ""
+    fellows: tuple[Process, ...] = ()
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        return (self.process, *self.fellows)
+
+    def gone(self) -> bool:
+        """Whether none of its processes exists any more, as far as that can be seen from here."""
+        return all(process.gone() for process in self.processes)
 
     def describe(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(self.since))
@@ -111,11 +122,15 @@ class Book:
     def of(cls, document: Mapping[str, Any] | None) -> Self:
         if document is None:
             return cls()
-        holders = {n: Holder(**{**h, "process": Process(**h["process"])}) for n, h in document["held"].items()}
-        return cls(document["fence"], holders)
+        return cls(document["fence"], {name: _holder(held) for name, held in document["held"].items()})
 
     def of_run(self, run: str) -> Holder | None:
         return next((holder for holder in self.held.values() if holder.run == run), None)
+
+
+def _holder(document: Mapping[str, Any]) -> Holder:
+    fellows = tuple(Process(**process) for process in document.get("fellows", ()))
+    return Holder(**{**document, "process": Process(**document["process"]), "fellows": fellows})
 
 
 Standing = Literal["active", "parked", "lapsed"]
@@ -131,7 +146,8 @@ def standing(holder: Holder, now: float, gone: bool) -> Standing:
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a run wants. over: fences of holders whose run is over by the journal, so that what they left is nobody's.
-    resuming: the run exists, and may take what its own dead or waiting process left."""
+    resuming: the run exists, and may take what its own dead or waiting process left. share: what it holds together with
+    other processes of the run that say the same; empty: it wants them alone."""
 
     environment: str
     names: tuple[str, ...]
@@ -140,6 +156,7 @@ class Wish:
     process: Process
     lease_s: float
     resuming: bool = False
+    share: str = ""
     over: frozenset[int] = frozenset()
 
 
@@ -159,8 +176,32 @@ def take(book: Book, wish: Wish, now: float, gone: Collection[int]) -> tuple[Boo
         elif own or any(in_the_way(name, wanted) for wanted in wish.names):
             raise _refused(wish, name, holder, state)
     fence = book.fence + 1
-    mine = Holder(wish.run, wish.what, wish.process, now, now + wish.lease_s, fence)
+    mine = Holder(wish.run, wish.what, wish.process, now, now + wish.lease_s, fence, wish.share)
     return Book(fence, {**held, **dict.fromkeys(wish.names, mine)}), fence
+
+
+def join(book: Book, wish: Wish, now: float, gone: Collection[int]) -> tuple[Book, int] | None:
+    """The book with one process more on what its run holds to share, and that fence; None when it holds nothing so."""
+    holder = book.of_run(wish.run)
+    if holder is None or not wish.share or holder.share != wish.share:
+        return None
+    if standing(holder, now, holder.fence in gone) != "active":
+        return None
+    fellows = holder.fellows if wish.process in holder.processes else (*holder.fellows, wish.process)
+    ends = now + wish.lease_s
+    return _changed(book, holder.fence, lambda h: replace(h, ends=ends, fellows=fellows)), holder.fence
+
+
+def leave(book: Book, fence: int, process: Process, gone: Collection[Process]) -> tuple[Book, bool]:
+    """The book without a process that shared what the fence holds, and whether it was the last: the locks are parked
+    then. Processes that are gone stay no longer either; of one elsewhere nobody knows, and the lease tells."""
+    holder = next((holder for holder in book.held.values() if holder.fence == fence), None)
+    if holder is None:
+        return book, False
+    left = [each for each in holder.processes if each != process and each not in gone]
+    if not left:
+        return park(book, fence), True
+    return _changed(book, fence, lambda h: replace(h, process=left[0], fellows=tuple(left[1:]))), False
 
 
 def in_the_way(held: str, wanted: str) -> bool:
@@ -189,8 +230,8 @@ def _refused(wish: Wish, name: str, holder: Holder, state: Standing) -> Refused:
 
 
 def renew(book: Book, fence: int, now: float, lease_s: float) -> Book:
-    """Raises Lost when the fence holds nothing any more."""
-    return _changed(book, fence, lambda holder: replace(holder, ends=now + lease_s))
+    """Raises Lost when the fence holds nothing any more. What has been parked stays so."""
+    return _changed(book, fence, lambda h: h if h.ends is None else replace(h, ends=now + lease_s))
 
 
 def park(book: Book, fence: int) -> Book:
@@ -231,17 +272,33 @@ class Store(Protocol):
 
 
 def acquire(store: Store, wish: Wish, known: Callable[[str], bool]) -> int:
-    """Take the locks; the fence. known: whether a run is one that the journal has and that is not over.
+    """Take the locks, or join those that the run holds to share; the fence. known: whether a run is one that the
+    journal has and that is not over.
 
     Raises Refused.
     """
     book, _ = store.read()
     over = frozenset(h.fence for h in book.held.values() if not known(h.run))
-    return store.change(lambda found, now: take(found, replace(wish, over=over), now, _gone(found)))
+
+    def plan(found: Book, now: float) -> tuple[Book, int]:
+        gone = _gone(found)
+        return join(found, wish, now, gone) or take(found, replace(wish, over=over), now, gone)
+
+    return store.change(plan)
 
 
 def _gone(book: Book) -> set[int]:
-    return {holder.fence for holder in book.held.values() if holder.process.gone()}
+    return {holder.fence for holder in book.held.values() if holder.gone()}
+
+
+def part(store: Store, fence: int) -> bool:
+    """Let this process leave what it shares; whether it was the last."""
+
+    def plan(book: Book, _: float) -> tuple[Book, bool]:
+        gone = {each for holder in book.held.values() for each in holder.processes if each.gone()}
+        return leave(book, fence, Process.current(), gone)
+
+    return store.change(plan)
 
 
 def check(store: Store, wish: Wish, known: Callable[[str], bool]) -> None:
@@ -255,7 +312,7 @@ def run_standing(store: Store, run: str) -> Standing | None:
     """How the holder of a run's locks stands; None when it holds none."""
     book, now = store.read()
     holder = book.of_run(run)
-    return None if holder is None else standing(holder, now, holder.process.gone())
+    return None if holder is None else standing(holder, now, holder.gone())
 
 
 def clock() -> float:

@@ -38,15 +38,25 @@ class Answer:
 
 
 def check(
-    environment: Environment, reach: Iterable[Reach], variables: Mapping[str, Any], *, patient: bool = True
+    environment: Environment,
+    reach: Iterable[Reach],
+    variables: Mapping[str, Any],
+    *,
+    patient: bool = True,
+    part: bool = False,
 ) -> list[str]:
     """Ask everything the runbook needs; the hosts that may be missing and are.
 
     patient: wait for every host. Otherwise only until there are enough of each, and a moment longer: whoever is late
-    counts as missing.
+    counts as missing. part: the inventory holds a part of the environment's hosts, and others may have a whole group.
     Raises Problem when something that is needed does not answer.
     """
-    asked = [(item, environment.nodes(environment.template(item.hosts, **variables))) for item in reach if item.hosts]
+    asked = [
+        (item, environment.nodes(environment.template(item.hosts, **variables), none=part))
+        for item in reach
+        if item.hosts
+    ]
+    asked = [(item, group) for item, group in asked if group]
     wanted = [(item, group) for item, group in asked if item.port is None]
     ports = [(item, item.port, group) for item, group in asked if item.port is not None]
     urls = [(item, environment.template(item.url, **variables) or PUBLIC_AWS) for item in reach if item.url]

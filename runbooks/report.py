@@ -356,15 +356,6 @@ def _checks(figures: Mapping[str, Any], targets: Mapping[str, Any]) -> list[dict
     return rows
 
 
-def figure(check: Mapping[str, Any]) -> str:
-    """A measured figure for people: a tenth of a second is precise enough, a count is a count."""
-    value, unit = check["measured"], check["unit"]
-    if value is None:
-        return "not measured"
-    text = f"{value:.1f}" if unit == "s" else f"{value:g}"
-    return f"{text} {unit}".strip()
-
-
 def _step(definition: Definition | None, state: RunState, told: story.Story, name: str) -> dict[str, Any]:
     step = next((step for step in definition.steps if step.id == name), None) if definition else None
     data = asdict(state.steps[name])

@@ -31,7 +31,7 @@ HIDDEN = "***"
 class Request:
     """A run that may begin: everything checked, nothing touched. left_out: hosts that may be missing and are.
 
-    secrets: the values of secret parameters; they go to the playbooks in a file and nowhere else.
+    secrets: the values of secret parameters; they go to the playbooks' processes through a pipe and nowhere else.
     """
 
     run: str

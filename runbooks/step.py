@@ -251,14 +251,16 @@ def message(res: Mapping[str, Any]) -> str:
 
 
 def leftovers(run: str) -> list[int]:
-    """Processes of a run that outlived their engine (ssh's shared connections are no part of it)."""
+    """Processes of a run that outlived their engine (ssh's shared connections are no part of it); also those of its
+    slices, whose mark has more after a slash."""
     mark = f"{MARK}={run}".encode()
     found = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
         try:
-            if mark in (process / "environ").read_bytes().split(b"\0") and (
+            words = (process / "environ").read_bytes().split(b"\0")
+            if any(word == mark or word.startswith(mark + b"/") for word in words) and (
                 (process / "comm").read_text(encoding="utf-8").strip() != "ssh"
             ):
                 found.append(int(process.name))

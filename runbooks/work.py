@@ -31,6 +31,8 @@ class Ending:
     reason: str = ""
     quiet: bool = False
     """Nobody needs to be told: it goes on by itself."""
+    part: bool = False
+    """Other processes may be at work on the same step: the run ends so only when none is."""
 
     def event(self) -> str:
         """The notification that says so."""
@@ -168,6 +170,11 @@ class Work:
         known.attempts, known.outcome, known.undone = known.attempts + 1, None, None
         self._session.progress.begin(step)
         began = time.monotonic()
+        result = self._performed(step)
+        return self._finished(step, result, time.monotonic() - began)
+
+    def _performed(self, step: Step) -> Result:
+        """A step's playbook and the gates after it."""
         result = self._play(step.playbook, step.timeout_s, step.id)
         for number, gate in enumerate(step.after if result.outcome == "ok" else ()):
             judged = self._gate(step, "after", number, gate)
@@ -175,9 +182,12 @@ class Work:
                 result.outcome = judged.outcome
                 result.failures += [{**f, "task": f"gate {gate.title!r}: {f['task']}"} for f in judged.failures]
                 break
-        elapsed = time.monotonic() - began
-        self._journal.append("step_finished", step.id, _document(result, elapsed))
-        known.outcome = result.outcome
+        return result
+
+    def _finished(self, step: Step, result: Result, elapsed: float) -> Ending | None:
+        """Record how a step ended; the run's ending, when it ends with it."""
+        self._journal.append("step_finished", step.id, document(result, elapsed))
+        self._state.steps[step.id].outcome = result.outcome
         self._session.progress.end(step, result, elapsed)
         self._outputs |= result.outputs
         if result.outcome == "ok":
@@ -229,7 +239,7 @@ class Work:
         began = time.monotonic()
         result = self._play(playbook, step.timeout_s, f"{step.id}.undo")
         elapsed = time.monotonic() - began
-        self._journal.append("undo_finished", step.id, _document(result, elapsed))
+        self._journal.append("undo_finished", step.id, document(result, elapsed))
         self._session.progress.end(step, result, elapsed)
         if result.outcome == "interrupted":
             return self._interrupted()
@@ -282,7 +292,8 @@ class Work:
             process.close()
 
 
-def _document(result: Result, elapsed: float) -> dict[str, Any]:
+def document(result: Result, elapsed: float) -> dict[str, Any]:
+    """A result as the journal has it. elapsed: seconds."""
     return {
         "outcome": result.outcome,
         "elapsed_s": round(elapsed, 3),

@@ -697,6 +697,9 @@ class Awx:
         kind = template["unified_job_type"]
         status = "pending" if kind == "workflow_approval" else "successful"
         finished = "2026-01-01T00:00:00.000000Z"
+        if kind == "job" and self._slices(template["id"]) > 1:
+            kind = "workflow_job"
+            self._start_slices(template, job)
         self.jobs[job] = {
             "id": job,
             "type": kind,
@@ -709,6 +712,39 @@ class Awx:
         }
         node["job"] = job
         node["summary_fields"] = {"job": {"id": job, "type": kind, "status": status, "name": template["name"]}}
+
+    def _slices(self, template: int) -> int:
+        """Never more than hosts (JobTemplate.get_effective_slice_ct)."""
+        row = self.objects["job_templates"][template]
+        hosts = [h for h in self.objects["hosts"].values() if h["inventory"] == row["inventory"]]
+        return min(int(row["job_slice_count"]), len(hosts))
+
+    def _start_slices(self, template: dict[str, Any], sliced: int) -> None:
+        """A job template of several slices becomes a workflow's job of its own, whose nodes are the slices
+        (JobTemplate.create_unified_job)."""
+        self.nodes_of_jobs[sliced] = []
+        of = self._slices(template["id"])
+        for number in range(1, of + 1):
+            job = self._next
+            self._next += 1
+            self.jobs[job] = {
+                "id": job,
+                "type": "job",
+                "name": template["name"],
+                "status": "successful",
+                "workflow": sliced,
+                "job_template": template["id"],
+                "job_slice_number": number,
+                "job_slice_count": of,
+            }
+            self.nodes_of_jobs[sliced].append({"id": -job, "identifier": f"slice-{number}", "job": job})
+
+    def told(self, job: int, artifacts: dict[str, Any]) -> dict[str, Any]:
+        """The variables that a workflow's job is given (RunJob.build_extra_vars_file, awx_meta_vars): its template's,
+        what earlier jobs have set, and AWX's own, among which there is nothing about slices."""
+        row = self.jobs[job]
+        own = json.loads(self.objects["job_templates"][row["job_template"]]["extra_vars"] or "{}")
+        return {**own, **artifacts, "awx_job_id": job, "awx_workflow_job_id": row["workflow"]}
 
     def _running(self, method: str, parts: list[str]) -> tuple[int, Any]:
         number = int(parts[1])

@@ -22,21 +22,21 @@ def call(
     return done
 
 
-def entered(node: str, *command: str) -> tuple[str, ...]:
-    """The command that runs another one as root on a node, with its input."""
-    return ("podman", "exec", "-i", f"{PREFIX}{node}", *command)
+def entered(node: str, *command: str, user: str = "root") -> tuple[str, ...]:
+    """The command that runs another one on a node, with its input, also when its region is cut off."""
+    return ("podman", "exec", "-i", "-u", user, f"{PREFIX}{node}", *command)
 
 
 def run_on(
-    node: str, *command: str, check: bool = True, text: str = "", timeout: float = 180
+    node: str, *command: str, user: str = "root", check: bool = True, text: str = "", timeout: float = 180
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command as root on a node. timeout: seconds."""
-    return call(*entered(node, *command), check=check, text=text, timeout=timeout)
+    """Run a command on a node. timeout: seconds."""
+    return call(*entered(node, *command, user=user), check=check, text=text, timeout=timeout)
 
 
-def on(node: str, script: str, *, check: bool = True, text: str = "", timeout: float = 180) -> str:
-    """Run a shell script as root on a node; what it printed. timeout: seconds."""
-    return run_on(node, "sh", "-c", script, check=check, text=text, timeout=timeout).stdout
+def on(node: str, script: str, *, user: str = "root", check: bool = True, text: str = "", timeout: float = 180) -> str:
+    """Run a shell script on a node; what it printed. timeout: seconds."""
+    return run_on(node, "sh", "-c", script, user=user, check=check, text=text, timeout=timeout).stdout
 
 
 def faked_clock(path: str) -> tuple[str, ...]:

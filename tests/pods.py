@@ -334,6 +334,17 @@ class Pods:
                 raise PodsError(f"{ask} is still {became} and not {wanted} after {spent:.1f} s")
             time.sleep(0.02)
 
+    def settled(self, wanted: Mapping[Ask, str], limit: float) -> dict[Ask, str]:
+        """Asks all questions, as often as it takes until one pass has all the answers wanted; the last pass' answers.
+
+        Many policies reach the nodes one after another: for a moment a path is closed already and not opened yet.
+        """
+        began = time.monotonic()
+        while True:
+            answers = dict(zip(wanted, self.probes(list(wanted)), strict=True))
+            if answers == wanted or time.monotonic() - began > limit:
+                return answers
+
     def hold(self, source: str, target: str, port: int, name: str) -> str:
         """Opens a connection that stays open under a name."""
         answer = self._put(Ask(source, target, port), "hold", PATIENCE_S, name)

@@ -89,13 +89,17 @@ def _template(runbook: Definition, name: str, title: str, playbook: str, **more:
 
 
 def _step_template(runbook: Definition, step: Step, playbook: str) -> dict[str, Any]:
-    # step.slices is left out: slices run at the same time, and a run's lock knows one process.
     gates = len(step.before) + len(step.after)
     more: dict[str, Any] = {"job_tags": step.id, "timeout": math.ceil(step.timeout_s) + gates * 120 + START_S}
     # A pattern that depends on a parameter is the plays' own matter; this machine is in no group.
-    if step.hosts not in ("all", "localhost") and "{{" not in step.hosts:
+    # Nor is there one for slices: Ansible fails where it leaves no host of a slice's share.
+    if step.hosts not in ("all", "localhost") and "{{" not in step.hosts and step.slices == 1:
         more["limit"] = f"{step.hosts}:localhost"
-    more["extra_vars"] = {"runbook_awx": {"runbook": runbook.name, "part": "step", "step": step.id}}
+    own: dict[str, Any] = {"runbook": runbook.name, "part": "step", "step": step.id}
+    if step.slices > 1:
+        more["job_slice_count"] = step.slices
+        own["slices"] = step.slices  # AWX does not tell its jobs.
+    more["extra_vars"] = {"runbook_awx": own}
     return _template(runbook, step.id, step.title, playbook, **more)
 
 

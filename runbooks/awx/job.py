@@ -76,6 +76,7 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             here = session.Session(name, warm, choose(as_json=True), stop)
             asked = request.prepare(runbook, inventory, given, here, planning=True)
+            enough_hosts(runbook, len(asked.environment.hosts()), inventory)
             policy = plan.policy_of(runbook, asked.environment)
             found: dict[str, Any] = {
                 "runbook_run": arguments.run,
@@ -101,6 +102,18 @@ def begin(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     says = f"Plan {made.hash[: plan.SHORT]}: {made.changes} changes, some {made.estimate_s:.0f} s"
     return {**found, "runbook_plan": made.hash, "says": f"{says}; takes {policy.words()}"}
+
+
+def enough_hosts(runbook: Definition, hosts: int, inventory: Path) -> None:
+    """Raises Refused when AWX would make fewer slices of a step than its jobs wait for: never more than hosts."""
+    for step in runbook.steps:
+        if hosts < step.slices:
+            raise Refused(
+                f"Step {step.id} of {runbook.name} is for {step.slices} slices, and the inventory has {hosts} "
+                "enabled hosts, of which AWX makes fewer",
+                code="awx-few-hosts",
+                next_command=f"ansible-inventory -i {inventory} --list",
+            )
 
 
 # -- who approved

@@ -118,13 +118,8 @@ def given_parameters(arguments: argparse.Namespace) -> dict[str, str]:
 
 def given_inventory(arguments: argparse.Namespace) -> Path:
     """The inventory of a command that needs one. Raises Problem when it is not given or not there."""
-    if not arguments.inventory:
-        raise Problem(
-            f"Which environment runbook {arguments.name} shall work on is not said",
-            code="environment-missing",
-            next_command=f"runbook run {arguments.name} -i INVENTORY",
-        )
-    inventory = Path(arguments.inventory)
+    name = vars(arguments).get("name", "")  # Who resumes has the inventory from the journal, and no name.
+    inventory = named_inventory(arguments, f"runbook {name} shall work on", f"runbook run {name}")
     if not inventory.exists():
         raise Problem(
             f"There is no inventory at {inventory}",
@@ -132,6 +127,17 @@ def given_inventory(arguments: argparse.Namespace) -> Path:
             next_command=f"ls -d {inventory.parent}/*",
         )
     return inventory
+
+
+def named_inventory(arguments: argparse.Namespace, purpose: str, command: str) -> Path:
+    """What -i says, there or not. Raises Problem when it is not given. purpose, command: for its sentence."""
+    if not arguments.inventory:
+        raise Problem(
+            f"Which environment {purpose} is not said",
+            code="environment-missing",
+            next_command=f"{command} -i INVENTORY",
+        )
+    return Path(arguments.inventory)
 
 
 def optional_inventory(arguments: argparse.Namespace) -> Path | None:

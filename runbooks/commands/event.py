@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runbooks import errors
-from runbooks.commands.common import add_inventory, print_json
-from runbooks.errors import Problem
+from runbooks.commands.common import add_inventory, named_inventory, print_json
 
 if TYPE_CHECKING:
     from runbooks.alerts import Standing
@@ -35,13 +33,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     from runbooks.environment import Environment
 
-    if not arguments.inventory:
-        raise Problem(
-            f"Which environment runbook event {arguments.verb} is about is not said",
-            code="environment-missing",
-            next_command=f"runbook event {arguments.verb} -i INVENTORY",
-        )
-    environment = Environment(Path(arguments.inventory))
+    command = f"runbook event {arguments.verb}"
+    environment = Environment(named_inventory(arguments, f"{command} is about", command))
     return {"alert": _alert, "show": _show, "carry-out": _carry_out}[arguments.verb](arguments, environment)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runbooks import errors
-from runbooks.commands.common import add_inventory, columns, latest, print_json
+from runbooks.commands.common import add_inventory, columns, latest, named_inventory, print_json
 from runbooks.errors import Problem
 
 if TYPE_CHECKING:
@@ -38,13 +38,8 @@ def main(arguments: argparse.Namespace) -> int:
 def _environment(arguments: argparse.Namespace) -> Environment:
     from runbooks.environment import Environment
 
-    if not arguments.inventory:
-        raise Problem(
-            f"Which environment runbook notify {arguments.verb} is about is not said",
-            code="environment-missing",
-            next_command=f"runbook notify {arguments.verb} -i INVENTORY",
-        )
-    return Environment(Path(arguments.inventory))
+    command = f"runbook notify {arguments.verb}"
+    return Environment(named_inventory(arguments, f"{command} is about", command))
 
 
 def _test(arguments: argparse.Namespace) -> int:

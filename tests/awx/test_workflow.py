@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from ansible_collections.censuschat.infra.plugins.module_utils.awx.content impor
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.model import things
 from ansible_collections.censuschat.infra.plugins.module_utils.awx.planner import Wish
 
+from runbooks import definition, door
 from runbooks.awx import job
+from runbooks.definition import Definition
 from tests.awx.conftest import ENVIRONMENT, SECRETS, Site, content
 
 PATIENCE_S = 900.0
@@ -102,3 +106,65 @@ def test_a_denied_approval_ends_the_workflow_before_its_first_step(site: Site, w
     client.request("POST", f"workflow_approvals/{waiting}/deny", {})
     wait(lambda: client.get(f"workflow_jobs/{number}")["status"] == "failed", real)
     assert nodes()["check"]["job"] is None
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the job template of a step that is for two slices."""
+    load = definition.load
+
+    def loaded(name: str) -> Definition:
+        runbook = load(name)
+        first, second, *others = runbook.steps
+        return replace(runbook, steps=(first, replace(second, slices=2), *others)) if name == "drill" else runbook
+
+    monkeypatch.setattr(definition, "load", loaded)
+    return f"{ENVIRONMENT} / drill / {loaded('drill').steps[1].id}"
+
+
+def test_slices_are_brought_and_read_back(site: Site, sliced: str) -> None:
+    wanted = things(content(site), SECRETS)
+    run(site.client(), wanted, Wish(), check=False)
+    assert not run(site.client(), wanted, Wish(), check=False)["changed"]
+    template = next(site.client().list("job_templates", name=sliced))
+    assert template["job_slice_count"] == 2
+    assert json.loads(template["extra_vars"])["runbook_awx"]["slices"] == 2
+    client = site.client()
+    client.request("PATCH", f"job_templates/{template['id']}", {"job_slice_count": 3})
+    (drift,) = run(site.client(), wanted, Wish(), check=True)["changes"]
+    assert (drift["name"], drift["fields"]) == (sliced, ["job_slice_count"])
+
+
+def test_each_slice_finds_its_run_step_and_fellows(emulator: Site, sliced: str) -> None:
+    """From what AWX's sources say that a slice is told; a real one has not been asked."""
+    assert emulator.emulated is not None
+    run(emulator.client(), things(content(emulator, need=0), SECRETS), Wish(), check=False)
+    client = emulator.client()
+    template = next(client.list("workflow_job_templates", name=f"{ENVIRONMENT} / drill"))
+    number = client.request("POST", f"workflow_job_templates/{template['id']}/launch", {"extra_vars": {}})[
+        "workflow_job"
+    ]
+    nodes = {n["identifier"]: n for n in client.list(f"workflow_jobs/{number}/workflow_nodes")}
+    step = sliced.rpartition(" / ")[2]
+    nested = nodes[step]["summary_fields"]["job"]
+    assert nested["type"] == "workflow_job"
+    jobs = [node["job"] for node in client.list(f"workflow_jobs/{nested['id']}/workflow_nodes")]
+    found = []
+    for each in jobs:
+        extra = emulator.emulated.told(each, {"runbook_run": f"awx-{number}"})
+        plays = [_Play({"runbook_name": "drill"}), _Play({"runbook_step": step})]
+        call = door.Call(definition.SHIPPED / "drill.yml", ["inventory"], plays, extra, tags=[step])
+        entry = door.entry(call)
+        assert entry is not None
+        assert entry.slice is not None
+        assert (entry.run, entry.units, entry.alone) == (f"awx-{number}", [step], True)
+        found.append((entry.slice.job, entry.slice.of, entry.slice.share))
+    share = f"slices of AWX job {nested['id']}"
+    assert found == [(str(each), 2, share) for each in jobs]
+
+
+class _Play:
+    """A play as the door looks at it."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.vars, self.hosts = variables, "all"

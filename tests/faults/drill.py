@@ -19,9 +19,10 @@ from lab import topology
 from runbooks import evidence
 from runbooks.journal import Journal
 from tests.faults import sweep
-from tests.faults.logs import Event, Logs, of, on, role_changes_logged
+from tests.faults.logs import Event, Logs, of, role_changes_logged
 from tests.faults.sweep import Network, Place, Results, Run, SweepError, Trial, network_of, place, strike
 from tests.local_postgresql import LocalPostgreSQL
+from tests.nodes import on
 
 #: Which step's intent comes before which change; removals are the last step's.
 STEPS = {"etcd put": "lease", "record set": "record", "kubernetes write": "scale", "file write": "node"}
@@ -288,6 +289,9 @@ def side_by_side(works: Sequence[Callable[[], object]]) -> None:
 def primary_of(lab: topology.Topology) -> str:
     """The node whose PostgreSQL takes writes."""
     for node in lab.nodes:
-        if node.role == "db" and on(node.name, 'psql -Atqc "SELECT pg_is_in_recovery()"', user="postgres") == "f":
+        if (
+            node.role == "db"
+            and on(node.name, 'psql -Atqc "SELECT pg_is_in_recovery()"', user="postgres").strip() == "f"
+        ):
             return node.name
     raise SweepError("no node has a primary PostgreSQL")

@@ -106,7 +106,8 @@ class Sweep:
         self._one(number, "fail-back", back)
 
     def _one(self, number: int, runbook: str, kill: tuple[Point, str] | None) -> None:
-        victim = VICTIMS[number % len(VICTIMS)]
+        # Both moments of a point have one victim: otherwise an after would always be what a worker falls on.
+        victim = VICTIMS[number // 2 % len(VICTIMS)]
         if kill is not None and kill[1] == "after" and victim == "worker":
             victim = "engine"  # A worker that has given its result is gone.
         at_point = f"of {runbook} {kill[1]} {kill[0]}" if kill else f"of {runbook}"

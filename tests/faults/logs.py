@@ -25,6 +25,7 @@ from typing import Any
 
 from lab.paths import PREFIX, STATE
 from lab.topology import Node, Topology
+from tests.nodes import on
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,9 @@ class Event:
 
 
 PKI = "/etc/censuschat/pki"
-ETCD_WATCH = (
+ETCDCTL = (
     f"ETCDCTL_API=3 exec etcdctl --endpoints https://127.0.0.1:12379 --cacert {PKI}/ca.crt --cert {PKI}/node.crt "
-    f"--key {PKI}/node.key watch --prefix /censuschat/ -w json"
+    f"--key {PKI}/node.key -w json"
 )
 # Of Ansible's own accord PostgreSQL logs no statements: for the sweep its roles' changes are.
 LOG_ROLES = "ALTER DATABASE postgres SET log_statement = 'ddl'"
@@ -52,15 +53,6 @@ LOG_NOTHING = "ALTER DATABASE postgres RESET log_statement"
 STARTED, STOPPED = "39f53479d3a045ac8e11786248231fbf", "9d1aaa27d60140bd96365438aad20286"
 WRITES = {"create", "update", "patch", "delete", "deletecollection"}
 IN_MOVED_TO, IN_DELETE, IN_CLOSE_WRITE = 0x80, 0x200, 0x8
-
-
-def on(node: str, script: str, *, user: str = "root") -> str:
-    """Run a shell script on a node, past ssh: its region may be cut off."""
-    command = ("podman", "exec", "-u", user, f"{PREFIX}{node}", "sh", "-c", script)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AssertionError(f"{node}: {script}: {done.stdout}{done.stderr}")
-    return done.stdout.strip()
 
 
 @functools.cache
@@ -89,10 +81,12 @@ class Logs:
         self._journals: dict[str, str] = {}
         """Node -> the last entry of its journal that was read."""
         self._mutex = threading.Lock()
+        self._revision = 0
+        """The last one of etcd's that was read."""
 
     def __enter__(self) -> Logs:
         try:
-            self._follow("witness1", ETCD_WATCH, _etcd)
+            self._follow_etcd("witness1")
             for node in self.lab.nodes:
                 if node.role == "db":
                     self._journals[node.name] = ""
@@ -137,29 +131,41 @@ class Logs:
             self._journals[node] = json.loads(line)["__CURSOR"]
             self.events += _journal(node, line)
 
-    def _follow(self, node: str, script: str, parse: Callable[[str, str], list[Event]]) -> None:
-        """Read a program on a node line by line."""
-        process = subprocess.Popen(
+    def _follow_etcd(self, node: str) -> None:
+        """Every change of its keys. A watch ends when its member has had no leader for a moment: it goes on then where
+        it was."""
+        self._revision = json.loads(on(node, f"{ETCDCTL} get /")).get("header", {})["revision"]
+        processes: list[subprocess.Popen[str]] = []
+
+        def begin() -> subprocess.Popen[str]:
+            script = f"{ETCDCTL} watch --prefix /censuschat/ --rev {self._revision + 1}"
             # Not podman exec, which leaves the program behind when it is ended.
-            ("nsenter", "-t", pid_of(node), "-m", "-n", "--", "sh", "-c", script),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            errors="replace",
-        )
+            entered = ("nsenter", "-t", pid_of(node), "-m", "-n", "--", "sh", "-c", script)
+            process = subprocess.Popen(
+                entered, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace"
+            )
+            processes[:] = [process]
+            return process
 
         def work() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                found = parse(node, line)
-                with self._mutex:
-                    self.events += found
+            while not self._stop.is_set():
+                with begin() as process:
+                    for line in process.stdout or ():
+                        revision, found = _etcd(node, line)
+                        with self._mutex:
+                            self.events += found
+                            self._revision = max(self._revision, revision)
+                self._stop.wait(0.2)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
 
         def end() -> None:
-            process.terminate()
-            process.wait()
+            self._stop.set()
+            for process in processes:
+                process.terminate()
+            thread.join(5)
 
-        threading.Thread(target=work, daemon=True).start()
         self._stack.callback(end)
 
     def _watch(self, node: Node, directory: str, prefix: str) -> None:
@@ -196,17 +202,19 @@ class Logs:
         self._stack.callback(os.close, descriptor)
 
 
-def _etcd(node: str, line: str) -> list[Event]:
-    """Keys of leases, epochs and hand-overs; what the guards renew every two seconds is not a runbook's."""
-    wall = time.time()
+def _etcd(node: str, line: str) -> tuple[int, list[Event]]:
+    """The revision, and keys of leases, epochs and hand-overs; what the guards renew every two seconds is not a
+    runbook's."""
+    wall, revision = time.time(), 0
     events = []
     for each in json.loads(line).get("Events") or []:
+        revision = max(revision, int(each["kv"]["mod_revision"]))
         key = base64.b64decode(each["kv"]["key"]).decode()
         environment, _, name = key.removeprefix("/censuschat/").partition("/")
         if name in ("epoch", "lease", "handover", "shipped"):
             verb = "delete" if each.get("type") in (1, "DELETE") else "put"
             events.append(Event(wall, "etcd", f"{verb} {environment}/{name}", node))
-    return events
+    return revision, events
 
 
 CHANGE = re.compile(r"<Change>\s*<Action>(\w+)</Action>.*?<Name>([^<]+)</Name>", re.DOTALL)

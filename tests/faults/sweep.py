@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,11 @@ class Trial:
         return ", ".join(parts)
 
 
+def vars_of(trial: Trial) -> dict[str, Any]:
+    """For JSON; ``asdict`` would make pairs the keys of a counter that holds something."""
+    return {each.name: getattr(trial, each.name) for each in fields(trial)}
+
+
 class Results:
     """The trials so far, in a file when one is given: a sweep of the same seed goes on where another ended.
 
@@ -305,7 +310,7 @@ class Results:
     def add(self, key: str, trial: Trial, of: str = "") -> None:
         with self._mutex:
             self.trials[key] = trial
-            self._note({"key": key, "trial": asdict(trial)})
+            self._note({"key": key, "trial": vars_of(trial)})
             self.told(f"[{len(self.trials)}{of}] {trial.line()}")
 
     def add_two_writers(self, milliseconds: int) -> None:
@@ -317,7 +322,7 @@ class Results:
         for key, trial in self.trials.items():
             if sentence := where(trial):
                 trial.evidence = sentence
-                self._note({"key": key, "trial": asdict(trial)})
+                self._note({"key": key, "trial": vars_of(trial)})
 
     def _note(self, line: dict[str, Any]) -> None:
         if self.file:

@@ -251,6 +251,13 @@ def test_check_mode_is_true_before_the_cluster_is_founded(apply: Apply, tmp_path
 # ---- idempotence and check mode ----
 
 
+def writes(kube: LocalCluster) -> float:
+    """How many applies that are no dry runs the API has counted."""
+    lines = kube.kubectl("get", "--raw", "/metrics").splitlines()
+    counts = [line for line in lines if line.startswith("apiserver_request_total{") and 'verb="APPLY"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in counts if 'dry_run=""' in line)
+
+
 def test_check_mode_says_what_apply_does_and_a_second_run_changes_nothing(kube: LocalCluster, apply: Apply) -> None:
     objects = everything("trial-all")
     predicted = apply(*objects, check=True, diff=True)
@@ -260,7 +267,9 @@ def test_check_mode_says_what_apply_does_and_a_second_run_changes_nothing(kube: 
     made = apply(*objects, diff=True)
     assert results(made) == results(predicted)
     time.sleep(1.5)  # controllers write statuses and defaults of their own
+    written = writes(kube)
     second = apply(*objects, wait=True)
+    assert writes(kube) == written, "what is in doubt is asked for by dry runs"
     assert counted(second) == {"unchanged": len(objects)}, [o for o in results(second).items() if o[1] != "unchanged"]
     # Decided by comparison: one PATCH at most, for the object of which nothing is ours to own.
     assert second["requests"] < 2 * len(objects)
@@ -275,6 +284,7 @@ def test_check_mode_says_what_apply_does_and_a_second_run_changes_nothing(kube: 
         assert shown["before_header"] == "Deployment trial-all/web"
         assert "web:2" in json.dumps(shown["after"])
         assert "web:2" not in json.dumps(shown["before"])
+    assert writes(kube) == written + 1
 
 
 def test_a_field_that_is_no_longer_wanted_goes(kube: LocalCluster, apply: Apply) -> None:

@@ -19,7 +19,8 @@ from lab.paths import REPO, STATE
 from lab.topology import Topology
 from runbooks.plan import compare, read
 from tests.faults import sweep
-from tests.faults.logs import PKI, Logs, on
+from tests.faults.logs import PKI, Logs
+from tests.nodes import on
 
 ETCD = (
     f"ETCDCTL_API=3 etcdctl --endpoints https://127.0.0.1:12379 --cacert {PKI}/ca.crt --cert {PKI}/node.crt "

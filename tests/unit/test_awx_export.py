@@ -89,6 +89,26 @@ def test_a_steps_job_runs_the_runbooks_playbook_with_its_tag_and_time(monkeypatc
     assert "limit" not in templates["move / two"]
 
 
+def test_a_sliced_steps_template_says_so_to_awx_and_to_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "SHIPPED", HERE.parent)
+    monkeypatch.setattr(generate, "ROOT", Path("/project"))
+    made = awx.content(runbook(step("one"), step("two", slices=4, hosts="db")))
+    one, two = made["job_templates"][-2:]
+    assert "job_slice_count" not in one
+    assert two["job_slice_count"] == 4
+    assert "limit" not in two
+    assert two["extra_vars"]["runbook_awx"] == {"runbook": "move", "part": "step", "step": "two", "slices": 4}
+    assert (two["allow_simultaneous"], two["job_tags"]) == (False, "two")
+
+
+def test_more_slices_than_hosts_are_refused_before_the_first_step() -> None:
+    """AWX would make fewer jobs, and they would wait for the others."""
+    moved = runbook(step("one"), step("two", slices=4))
+    job.enough_hosts(moved, 4, HERE)
+    with pytest.raises(Refused, match="Step two of move is for 4 slices, and the inventory has 3 enabled hosts"):
+        job.enough_hosts(moved, 3, HERE)
+
+
 @pytest.mark.parametrize(
     ("parameter", "question"),
     [

@@ -29,7 +29,9 @@ def watched(key: str, kind: str | None = None) -> str:
     ],
 )
 def test_etcd(line: str, expected: list[str]) -> None:
-    assert [event.key for event in logs._etcd("witness1", line)] == expected
+    revision, events = logs._etcd("witness1", line)
+    assert [event.key for event in events] == expected
+    assert revision == (7 if "mod_revision" in line else 0)
 
 
 def test_aws() -> None:

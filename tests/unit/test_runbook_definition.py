@@ -95,6 +95,7 @@ def _scheduled(**parameters: Any) -> Callable[[dict[str, Any]], None]:
 BROKEN: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a key is missing": (_remove_owner, "'owner' is a required property"),
     "an unknown key": (lambda d: d.update(colour="red"), "'colour' was unexpected"),
+    "a first step in slices": (_step(slices=2), "steps.0.slices: the first step begins the run"),
     "no step": (lambda d: d.update(steps=[]), "steps"),
     "a type that does not exist": (lambda d: d["parameters"]["plates"].update(type="dozen"), "'dozen' is not one of"),
     "a budget of nothing": (lambda d: d["steps"][0].update(budget_s=0), "steps.0.budget_s"),
@@ -172,7 +173,8 @@ def test_what_a_definition_may_say_is_read_and_has_defaults(own: Path) -> None:
     assert plain.notifications == definition.EVENTS
     assert (plain.steps[0].hosts, plain.steps[0].undo, plain.steps[0].on_failure) == ("all", None, "stop")
     gate = {"title": "There is water", "playbook": "../wash.yml"}
-    data["steps"][0].update(
+    data["steps"].insert(0, {**data["steps"][0], "id": "look"})
+    data["steps"][1].update(
         before=[gate],
         after=[gate],
         undo={"title": "Soil them", "playbook": "../wash.yml"},

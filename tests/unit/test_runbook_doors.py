@@ -393,15 +393,7 @@ def test_which_end_of_a_worker_ends_the_playbook(
 @pytest.fixture
 def slow(place: Place) -> Iterator[subprocess.Popen[str]]:
     """A plain run whose worker is at work in its second step, until the test lets it go."""
-    process = subprocess.Popen(
-        ansible(place, str(place.directory / PLAYBOOK)),
-        cwd=ROOT,
-        env={**place.environment, "RUNBOOK_TEST_SLOW": "60"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    process = place.begin(*ansible(place, str(place.directory / PLAYBOOK)), RUNBOOK_TEST_SLOW="60")
     place.wait_for("working")
     (place.directory / "go").touch()
     yield process

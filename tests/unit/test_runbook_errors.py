@@ -435,12 +435,12 @@ BUILT = frozenset(
     """
     alert-refused anchor-invalid approval-given-already approval-without-terminal approvals-invalid approvals-missing
     approver-key approver-not-entitled approver-unknown awx-approval-missing awx-approval-none awx-approval-own
-    awx-approval-twice awx-no-credential awx-no-playbook awx-not-compared awx-plan-ends awx-refuses awx-unreachable
-    console-address definition-broken door-inventory
+    awx-approval-twice awx-few-hosts awx-no-credential awx-no-playbook awx-not-compared awx-plan-ends awx-refuses
+    awx-unreachable console-address definition-broken door-inventory
     door-leaves-out door-no-step door-which-runbook event-done events-invalid evidence-broken evidence-format
     evidence-missing evidence-unreadable evidence-unwritable generate-nowhere journal-unreachable journal-unusable
     key-kind key-unwritable keys-file lock-store-unreachable not-approved notification-not-sent notifications-invalid
-    plan-ambiguous plan-refused plan-stale run-not-waiting run-of-some-steps run-taken-over
+    plan-ambiguous plan-refused plan-stale run-not-waiting run-of-some-steps run-taken-over slice-alone slice-failed
     """.split()  # noqa: SIM905 - a table, one may add a line
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import runpy
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -417,7 +416,10 @@ def test_filter_leaves_no_token_and_no_template(headers: dict[str, str], witness
     path = ROOT / "collections/ansible_collections/censuschat/infra/extensions/eda/plugins/event_filter/witness.py"
     payload = {"annotations": "{{ lookup('pipe', 'id') }}"}
     event = {"payload": payload, "meta": {"endpoint": "x", "headers": headers}}
-    filtered = runpy.run_path(str(path))["main"](event)
+    # Not by runpy: once Ansible's loader is there, it claims whatever lies in a collection.
+    filter_of: dict[str, Any] = {}
+    exec(compile(path.read_text(), path, "exec"), filter_of)
+    filtered = filter_of["main"](event)
     assert list(filtered) == ["alert"]
     assert json.loads(base64.b64decode(filtered["alert"])) == {"witness": witness, "payload": payload}
     assert "{{" not in str(filtered)

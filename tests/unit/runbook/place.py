@@ -55,10 +55,14 @@ class Place:
         )
 
     def start(self, *words: str) -> subprocess.Popen[str]:
+        return self.begin(sys.executable, "-m", "runbooks", "run", "paint", "-i", str(INVENTORY), "--yes", *words)
+
+    def begin(self, *command: str, **variables: str) -> subprocess.Popen[str]:
+        """Start a program in the checkout, with the place's environment and these variables."""
         return subprocess.Popen(
-            [sys.executable, "-m", "runbooks", "run", "paint", "-i", str(INVENTORY), "--yes", *words],
+            command,
             cwd=ROOT,
-            env=self.environment,
+            env={**self.environment, **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -143,6 +143,8 @@ class Applier:
         self._deadline = 0.0
         self._failed_crds: dict[tuple[str, str], str] = {}
         self._failed_namespaces: set[str] = set()
+        self._asked: dict[Key, Outcome] = {}
+        """What a dry run of all objects has said of each."""
 
     def run(self) -> Report:
         """Does it all. KubeError only for what makes the whole run impossible; other failures are in the report."""
@@ -161,6 +163,7 @@ class Applier:
                         if outcome.result in (CREATED, CONFIGURED):
                             outcome.result, outcome.message = UNCHANGED, "nothing was applied: others would fail"
                     return self.report
+                self._asked = {outcome.key: outcome for outcome in self.report.outcomes}
                 self.report.outcomes.clear()
             self._apply()
             self._deadline = time.monotonic() + self.options.wait_timeout
@@ -230,9 +233,7 @@ class Applier:
             return
         live.version = body["metadata"].get("resourceVersion", "")
         live.same = unchanged(wanted.body, body, self.options.manager)
-        if not live.same and (
-            self.options.diff or self.options.rollback or self.options.check or self.options.preflight
-        ):
+        if not live.same:
             live.body = body
 
     # ---- check mode ----
@@ -282,6 +283,12 @@ class Applier:
             return self._failure(wanted, f"not applied, because the namespace {wanted.key.namespace} could not be made")
         if self._ended:
             return self._outcome(wanted, FAILED, message="not applied")
+        if self.live[wanted.key].there:
+            # What the fields' owners do not settle, the API does, without a write in its audit log. Its refusal does
+            # not count: an admission webhook may know no dry run.
+            asked = self._asked.get(wanted.key) or self._patch(wanted, dry_run=True)
+            if asked.result == UNCHANGED or self._ended:
+                return asked
         return self._patch(wanted)
 
     def _patch(self, wanted: Wanted, *, dry_run: bool = False) -> Outcome:
