@@ -363,8 +363,11 @@ def _prepare_revert(writes: Sequence[Action], token: str) -> None:
             '[ -z "$again" ] || systemctl start ssh.service',
         ]
     lines += [
-        "if systemctl -q is-active ssh.socket; then systemctl try-restart ssh.service",
-        "elif systemctl -q is-active ssh.service; then systemctl reload ssh.service || systemctl restart ssh.service; fi",
+        "if systemctl -q is-active ssh.socket; then",
+        "  systemctl try-restart ssh.service",
+        "elif systemctl -q is-active ssh.service; then",
+        "  systemctl reload ssh.service || systemctl restart ssh.service",
+        "fi",
         f"date -u +%FT%TZ > {LAST_REVERT}",
         f"rm -rf {STATE}/reverting {BOOT_WANT} {BOOT_UNIT} {REVERT}",
     ]
