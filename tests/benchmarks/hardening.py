@@ -15,6 +15,7 @@ connections, the same forks) and none of the user's. The second run follows the 
 
 Ours is the role censuschat.infra.hardening with --profile. The peer is os_hardening and ssh_hardening with their
 defaults, except for what a container refuses: auditd, and kernel values other than net.* (the kernel is the machine's).
+It is told of the one host key that the nodes have.
 
 The score is taken on nodes of the smallest count: one as it came, the first of each side after its second run.
 OpenSCAP and Lynis come from Debian 12, the Debian 12 datastream from ssg-debian of Debian's testing or unstable
@@ -455,8 +456,13 @@ def aimed(plays: list[dict[str, Any]], hosts: str) -> list[dict[str, Any]]:
 
 
 def peer_variables(options: argparse.Namespace) -> dict[str, Any]:
-    """What differs from the peer's defaults: that which fails in a container, and what the caller adds."""
-    given = {"os_auditd_enabled": False, "sysctl_unsupported_entries": figures.kernel_keys(options.peer)}
+    """What differs from the peer's defaults: that which fails on these nodes, and what the caller adds."""
+    given = {
+        "os_auditd_enabled": False,
+        "sysctl_unsupported_entries": figures.kernel_keys(options.peer),
+        # The nodes have this one; the peer's default names one of each kind.
+        "ssh_host_key_files": ["/etc/ssh/ssh_host_ed25519_key"],
+    }
     return {**given, **options.peer_vars}
 
 
