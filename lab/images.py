@@ -38,9 +38,22 @@ BASE_PACKAGES = (
     "libpam-pwquality",
     "unattended-upgrades",
 )
+#: What the controls of cis_level1 install beside what the base has.
+HARDENING_PACKAGES = (
+    "apparmor",
+    "apparmor-utils",
+    "cracklib-runtime",
+    "cron",
+    "debsums",
+    "logrotate",
+    "rsyslog",
+    "systemd-journal-remote",
+    "systemd-timesyncd",
+)
 #: Baked into the golden image of each role, as a platform team does; the roles still declare what they need.
 ROLE_PACKAGES = {
     "db": (
+        *HARDENING_PACKAGES,
         "postgresql-15",
         "patroni",
         "etcd-server",
@@ -51,6 +64,7 @@ ROLE_PACKAGES = {
         "libfaketime",
     ),
     "app": (
+        *HARDENING_PACKAGES,
         "haproxy",
         "etcd-server",
         "etcd-client",
@@ -68,7 +82,7 @@ ROLE_PACKAGES = {
         "keepalived",
         "python3-yaml",
     ),
-    "witness": ("etcd-server", "etcd-client"),
+    "witness": (*HARDENING_PACKAGES, "etcd-server", "etcd-client"),
 }
 #: A container has no use for these; each would cost start time or inotify instances, which all nodes share.
 MASKED_UNITS = (

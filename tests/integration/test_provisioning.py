@@ -70,11 +70,11 @@ def left_clean(running_lab: Topology) -> Iterator[None]:
     yield
     shell(
         "systemctl -q disable --now censuschat-bastion-table.service 2>/dev/null; "
-        "apt-mark unhold cron filebeat >/dev/null 2>&1; "
-        "DEBIAN_FRONTEND=noninteractive apt-get -q -y purge nginx nginx-common prometheus-node-exporter filebeat cron "
+        "apt-mark unhold ed filebeat >/dev/null 2>&1; "
+        "DEBIAN_FRONTEND=noninteractive apt-get -q -y purge nginx nginx-common prometheus-node-exporter filebeat ed "
         ">/dev/null 2>&1; "
         "for user in ada jumper; do userdel --remove $user 2>/dev/null; done; groupdel jumpers 2>/dev/null; "
-        "rm -rf /etc/nginx /etc/ssh/censuschat-bastion /etc/ssh/sshd_config.d/00-censuschat-bastion.conf "
+        "rm -rf /home/ada /etc/nginx /etc/ssh/censuschat-bastion /etc/ssh/sshd_config.d/00-censuschat-bastion.conf "
         "/etc/systemd/system/censuschat-bastion-table.service /etc/nftables.conf.d/censuschat_bastion.nft "
         "/etc/systemd/system/nginx.service.d /usr/local/lib/censuschat/nginx-reload /var/cache/nginx-edge "
         f"/etc/sudoers.d/50-censuschat-base /etc/apt/preferences.d/50-censuschat {CERTIFICATE} {KEY} /srv/edge-trial "
@@ -87,9 +87,9 @@ def left_clean(running_lab: Topology) -> Iterator[None]:
 def ada(key: str) -> dict[str, Any]:
     return {
         "base_users": [{"name": "ada", "uid": 2345, "groups": ["adm"], "keys": [key], "sudo": "passwordless"}],
-        "base_apt_pins": [{"packages": ["cron"], "pin": "release o=Debian", "priority": 700}],
-        "base_packages": ["ca-certificates", "iproute2", "procps", "cron"],
-        "base_packages_held": ["cron"],
+        "base_apt_pins": [{"packages": ["ed"], "pin": "release o=Debian", "priority": 700}],
+        "base_packages": ["ca-certificates", "iproute2", "procps", "ed"],
+        "base_packages_held": ["ed"],
     }
 
 
@@ -114,11 +114,11 @@ def test_base_gives_an_account_with_its_key_and_takes_it_away(tmp_path: Path) ->
     assert ssh("ada", path, "sudo -n id -u").stdout.strip() == "0"
     assert shell("id -u ada; apt-mark showhold; stat -c '%U %a' /home/ada/.ssh/authorized_keys").splitlines() == [
         "2345",
-        "cron",
+        "ed",
         "ada 600",
     ]
-    assert "700" in shell("apt-cache policy cron")
-    gone = {"base_users": [{"name": "ada", "state": "absent"}], "base_packages_unheld": ["cron"]}
+    assert "700" in shell("apt-cache policy ed")
+    gone = {"base_users": [{"name": "ada", "state": "absent"}], "base_packages_unheld": ["ed"]}
     assert role(tmp_path, "base", gone).code == 0
     assert shell("id ada 2>&1 || true; ls /etc/sudoers.d/50-censuschat-base 2>&1 || true").count("no such user") == 1
     assert shell("apt-mark showhold; ls /etc/apt/preferences.d") == ""
@@ -190,7 +190,7 @@ def test_exporter_shows_figures_on_the_nodes_address_only(tmp_path: Path) -> Non
     shell("echo 'trial_figure 42' > /var/lib/prometheus/node-exporter/trial.prom")
     fetch = 'python3 -c "import sys,urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).read().decode())" '
     figures = shell(f"{fetch} http://{address()}:9100/metrics")
-    assert "\ntrial_figure 42\n" in figures
+    assert "trial_figure 42" in figures.splitlines()
     assert "node_systemd_unit_state" in figures
     assert shell(f"{fetch} http://127.0.0.1:9100/metrics 2>&1 || true").endswith("Connection refused>")
 
@@ -311,14 +311,14 @@ def test_sshd_rules_that_catch_the_runs_own_login_are_refused(tmp_path: Path) ->
 
 
 def test_bare_host_is_prepared_for_a_cluster(tmp_path: Path) -> None:
-    variables = {"kubernetes_prerequisites_packages": ["cron"], "kubernetes_prerequisites_modules": ["overlay"]}
+    variables = {"kubernetes_prerequisites_packages": ["ed"], "kubernetes_prerequisites_modules": ["overlay"]}
     try:
         converged(tmp_path, "kubernetes_prerequisites", "Have what a bare host lacks as a cluster's node", variables)
-        assert shell("systemctl is-active censuschat-no-swap; apt-mark showhold").splitlines() == ["active", "cron"]
+        assert shell("systemctl is-active censuschat-no-swap; apt-mark showhold ed").splitlines() == ["active", "ed"]
         assert "containerd.sock" in shell("cat /etc/crictl.yaml")
     finally:
         shell(
-            "systemctl -q disable --now censuschat-no-swap 2>/dev/null; apt-mark unhold cron >/dev/null; "
+            "systemctl -q disable --now censuschat-no-swap 2>/dev/null; apt-mark unhold ed >/dev/null; "
             "rm -f /etc/crictl.yaml /etc/modules-load.d/censuschat-kubernetes.conf "
             "/etc/systemd/system/censuschat-no-swap.service; systemctl daemon-reload"
         )

@@ -308,6 +308,7 @@ def test_a_peer_that_is_whole_is_taken_with_what_a_container_refuses_left_out(pe
     assert variables == {
         "os_auditd_enabled": False,
         "sysctl_unsupported_entries": ["kernel.unprivileged_bpf_disabled", "vm.mmap_rnd_bits"],
+        "ssh_host_key_files": ["/etc/ssh/ssh_host_ed25519_key"],
         "os_cron_enabled": False,
     }
     ours, chosen = hardening.play("ours", options)

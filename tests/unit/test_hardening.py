@@ -19,6 +19,7 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_obser
 from ansible_collections.censuschat.infra.plugins.module_utils.node.harden_plan import Document, Facts
 from ansible_collections.censuschat.infra.plugins.module_utils.node.held import Held
 from ansible_collections.censuschat.infra.plugins.module_utils.node.plan_accounts import Account, AccountsSeen
+from ansible_collections.censuschat.infra.plugins.module_utils.node.state_model import Action
 from ansible_collections.censuschat.infra.plugins.module_utils.node.system import NodeError, PathState
 
 CASES = Path(__file__).parent / "cases"
@@ -314,3 +315,16 @@ def test_result_of_a_control(audit: bool, actions: bool, error: str, expected: s
     held.actions = harden_plan.plan_sysctl(held.sysctl, Facts()) if actions else []
     held.error = error
     assert held.result(audit)["result"] == expected
+
+
+def test_controls_on_one_path_do_not_undo_each_other() -> None:
+    """One takes the group's right, one everybody's, one gives it to root: in any order all of it is done."""
+    before = "bin:bin 2666"
+    payloads = [("bin", "bin", 0o2644), ("bin", "bin", 0o2664), ("root", "bin", 0o666), ("bin", "bin", 0o3666)]
+    actions = [Action("permission", "/etc/shells", "", payload, f"{before}\n") for payload in payloads]
+    other = Action("permission", "/etc/passwd", "as planned", ("root", "root", 0o644))
+    for order in (actions, actions[::-1]):
+        *agreed, last = harden_plan.agree([*order, other])
+        assert {a.payload for a in agreed} == {("root", "bin", 0o1644)}
+        assert {a.detail for a in agreed} == {f"{before} -> root:bin 1644"}
+        assert last is other

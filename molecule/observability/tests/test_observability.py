@@ -14,11 +14,11 @@ except urllib.error.URLError as error:
 
 
 def figures(host: Host, address: str) -> str:
-    return host.check_output("python3 -c %s %s", ASK, f"http://{address}:9100/metrics")
+    return str(host.check_output("python3 -c %s %s", ASK, f"http://{address}:9100/metrics"))
 
 
 def own_address(host: Host) -> str:
-    return host.check_output("hostname -I").split()[0]
+    return str(host.check_output("hostname -I")).split()[0]
 
 
 def test_the_figures_are_shown_at_the_nodes_own_address_only(host: Host) -> None:

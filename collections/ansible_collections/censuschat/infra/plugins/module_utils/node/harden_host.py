@@ -188,6 +188,9 @@ class Hardening:
                 control.violations = self._violations(control, seen)
             except NodeError as error:
                 control.error = str(error)
+        agreed = iter(harden_plan.agree([a for c in controls for a in c.actions]))
+        for control in controls:
+            control.actions = [next(agreed) for _action in control.actions]
 
     def _actions(self, control: Held, seen: Seen, tables: Sequence[str]) -> list[Action]:
         blind = [
@@ -451,8 +454,8 @@ class Hardening:
         if not settings:
             return {}
         try:
-            sshd_host.settle(self.commands, check=check)
-            units = self.seen.node.units
+            undone = sshd_host.settle(self.commands, check=check)
+            units = {} if undone else self.seen.node.units
             known = {name: units[name] for name in sshd_host.UNITS if name in units}
             observed = sshd_host.observe(self.commands, known if len(known) == len(sshd_host.UNITS) else None)
             actions = sshd_plan.plan(settings, observed, in_main=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -244,6 +246,31 @@ def plan_permission(want: Permission, facts: Facts) -> list[Action]:
             payload = (owner, group, mode)
             actions.append(Action("permission", path, f"{before} -> {after}", payload, before + "\n", after + "\n"))
     return actions
+
+
+def agree(actions: Sequence[Action]) -> list[Action]:
+    """The same actions, where those on one path's attributes all lead to what none of their controls objects to.
+
+    Each was planned from what stands there now; the last one carried out would undo the others.
+    """
+    wanted: dict[str, list[Action]] = {}
+    for action in actions:
+        if action.kind == "permission":
+            wanted.setdefault(action.target, []).append(action)
+    return [_together(a, wanted[a.target]) if len(wanted.get(a.target, ())) > 1 else a for a in actions]
+
+
+def _together(action: Action, all_of_path: Sequence[Action]) -> Action:
+    before = action.before.rstrip()
+    now_owner, now_group = before.split(" ")[0].split(":")
+    payloads = [a.payload for a in all_of_path]
+    owner = next((o for o, _g, _m in payloads if o != now_owner), now_owner)
+    group = next((g for _o, g, _m in payloads if g != now_group), now_group)
+    # What one takes away stays away; the sticky bit is the only one that a control sets.
+    mode = functools.reduce(operator.and_, (m for _o, _g, m in payloads)) & 0o6777
+    mode |= functools.reduce(operator.or_, (m for _o, _g, m in payloads)) & 0o1000
+    after = f"{owner}:{group} {mode:04o}"
+    return dataclasses.replace(action, detail=f"{before} -> {after}", payload=(owner, group, mode), after=f"{after}\n")
 
 
 def judge_document(want: Document, facts: Facts) -> list[str]:

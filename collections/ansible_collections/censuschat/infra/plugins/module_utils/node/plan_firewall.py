@@ -161,7 +161,7 @@ def text_hash(text: str) -> str:
 
 
 def refused(text: str, port: int) -> str:
-    """Why a ruleset would cut the present connection to TCP `port`; "" when it accepts it or drops nothing on input."""
+    """Why a ruleset would cut the present connection to TCP `port`; "" when it accepts it or lets the rest in."""
     if not port or not _drops_input(text):
         return ""
     for line in text.splitlines():
@@ -175,8 +175,9 @@ def refused(text: str, port: int) -> str:
 
 
 def _drops_input(text: str) -> bool:
+    """Whether a chain on input drops what no rule speaks of; a rule that drops some packets is for the live proof."""
     return any(
-        re.search(r"hook input", chain) and re.search(r"policy drop|\b(drop|reject)\b", chain)
+        re.search(r"hook input", chain) and re.search(r"policy drop|^\s*(counter\s+)?(drop|reject)\b", chain, re.M)
         for chain in re.split(r"^\s*chain ", text, flags=re.M)[1:]
     )
 

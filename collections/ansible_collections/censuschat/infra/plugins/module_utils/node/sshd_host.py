@@ -227,13 +227,15 @@ def _candidate(directory: str, path: str, content: str | None) -> None:
         handle.write(content)
 
 
-def settle(commands: Commands, *, check: bool) -> None:
+def settle(commands: Commands, *, check: bool) -> bool:
     """Deal with an unproven change of an earlier run: refuse while its timer is armed, undo it when it is not.
+
+    Returns whether it was undone: what was observed of sshd before is not so any more.
 
     What stands on disk then is not to be taken for the present state: the revert will replace it.
     """
     if not os.path.isdir(PENDING):
-        return
+        return False
     if commands.run(["systemctl", "-q", "is-active", f"{TIMER}.timer"]).code == 0:
         raise NodeError(
             "an earlier sshd change on this node still waits for its proof and its timer will undo it: "
@@ -242,6 +244,7 @@ def settle(commands: Commands, *, check: bool) -> None:
     if check:
         raise NodeError("an sshd change of an earlier run was left unproven; a run without check mode undoes it first")
     commands.must(["/bin/sh", REVERT], "undoing an sshd change that an earlier run left unproven")
+    return True
 
 
 def last_revert() -> str:
@@ -276,7 +279,10 @@ def apply(
             _write(action)
         if any(a.kind == "sshd_socket" for a in actions):
             _listen_anew(observed, commands)
-        if observed.service.running:
+        elif observed.service.running and observed.socket.running:
+            # A reload executes sshd anew without the socket that systemd gave it, and it ends: the ports are taken.
+            commands.must(["systemctl", "restart", "ssh.service"], "starting sshd anew on its socket")
+        elif observed.service.running:
             _reload(commands)
     except (NodeError, OSError) as error:
         if running:
@@ -357,7 +363,11 @@ def _prepare_revert(writes: Sequence[Action], token: str) -> None:
             '[ -z "$again" ] || systemctl start ssh.service',
         ]
     lines += [
-        "if systemctl -q is-active ssh.service; then systemctl reload ssh.service || systemctl restart ssh.service; fi",
+        "if systemctl -q is-active ssh.socket; then",
+        "  systemctl try-restart ssh.service",
+        "elif systemctl -q is-active ssh.service; then",
+        "  systemctl reload ssh.service || systemctl restart ssh.service",
+        "fi",
         f"date -u +%FT%TZ > {LAST_REVERT}",
         f"rm -rf {STATE}/reverting {BOOT_WANT} {BOOT_UNIT} {REVERT}",
     ]

@@ -143,7 +143,7 @@ def parse_packages(names: Sequence[str], text: str) -> dict[str, PackageState]:
     for line in text.splitlines():
         binary, package, status, want, version = line.split("\t")
         state = PackageState(version if status == "installed" else "", want == "hold")
-        for name in {binary, package}:
+        for name in (binary, package):
             # Of two architectures the installed one counts.
             if state.version or name not in found:
                 found[name] = state
