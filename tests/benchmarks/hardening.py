@@ -21,7 +21,8 @@ The score is taken on nodes of the smallest count: one as it came, the first of 
 OpenSCAP and Lynis come from Debian 12, the Debian 12 datastream from ssg-debian of Debian's testing or unstable
 (0.1.82; those of Debian 12 and 13 have no CIS profiles), all by apt through the lab's package cache: from the mirror
 of the machine's own apt, so nothing but that mirror is needed. Where it has Debian 12 only, name the datastream with
---content. The scanners take a node for a host, as they should here, once /run/.containerenv is unmounted.
+--content. The scanners take a node for a host, as they should here, once /run/.containerenv is unmounted
+and linux-base is installed.
 
 Exit codes: 0 all targets met; 1 a run failed or a target was missed; 2 bad input or a missing part, nothing touched.
 """
@@ -102,7 +103,8 @@ if mountpoint -q /run/.containerenv; then umount /run/.containerenv; fi
 mkdir -p {place}/lists/partial
 cd {place}
 apt-get -qq update
-apt-get -qq install -y --no-install-recommends openscap-scanner lynis >/dev/null
+# By linux-base OpenSCAP knows a system with a kernel of its own: without it half of the rules do not apply.
+apt-get -qq install -y --no-install-recommends openscap-scanner lynis linux-base >/dev/null
 for suite in {suites}; do
   if [ -s content.xml ]; then break; fi
   sed -n "s/ bookworm main/ $suite main/p" /etc/apt/sources.list | head -n 1 > later.list

@@ -115,6 +115,8 @@ def verbs_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[st
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_nodes_are_removed_after_a_signal(said: list[tuple[str, ...]], tmp_path: Path, number: int) -> None:
+    # Tests that a shell started in the background have SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises((KeyboardInterrupt, SystemExit)), trial.running([Trial("n1")], "test"):
         os.kill(os.getpid(), number)
     inventory = str(tmp_path / "trial" / "test")

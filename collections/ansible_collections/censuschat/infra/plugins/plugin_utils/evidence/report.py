@@ -225,7 +225,8 @@ def _close(report: dict[str, Any], over: Collection[str], at: str) -> None:
         why = f"the run of {begun['began']} ended without a result: nothing was reached, or it was killed"
         for name in begun["nodes"]:
             record = nodes.setdefault(name, _unknown(name))
-            if (record["seen"] or "") < begun["began"]:
+            # Times are whole seconds: what was seen in the same one was seen before, by the run that ended then.
+            if (record["seen"] or "") <= begun["began"]:
                 record.update(state="no_report", why=why, seen=at)
         report["history"].append(
             {"at": begun["began"], "run": identifier, "ended": False, "nodes": len(begun["nodes"])}
