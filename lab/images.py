@@ -44,7 +44,6 @@ HARDENING_PACKAGES = (
     "apparmor-utils",
     "cracklib-runtime",
     "cron",
-    "debsums",
     "logrotate",
     "rsyslog",
     "systemd-journal-remote",
