@@ -17,7 +17,7 @@ import pytest
 
 from lab.paths import REPO
 from lab.topology import Topology
-from tests.integration.test_hardening import family, harden
+from tests.integration.test_hardening import HARDEN, family, harden
 from tests.integration.test_hardening_domains import GUARD, SABOTAGE, entry, harden_with, own, wall
 from tests.integration.trial import ENVIRONMENT, command, fresh_login, shell
 
@@ -38,7 +38,7 @@ def test_dead_controller_leaves_the_timer_to_open_the_firewall_again(tmp_path: P
     choices.write_text(json.dumps({"hardening_controls": [wall(SABOTAGE)]}))
     before = shell("nft list tables")
     with subprocess.Popen(
-        command(REPO / "playbooks/harden.yml", "-e", f"@{choices}"),
+        command(HARDEN, "-e", f"@{choices}"),
         cwd=REPO,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,

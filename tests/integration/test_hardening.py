@@ -23,6 +23,7 @@ from lab.paths import REPO
 from lab.topology import Topology
 from tests.integration.trial import ENVIRONMENT, NODE, Play, command, fresh_login, play, playbook_of, shell
 
+HARDEN = Path(__file__).parent / "plays/harden.yml"
 DROP_IN = "/etc/ssh/sshd_config.d/00-censuschat.conf"
 PENDING = "/var/lib/censuschat-sshd/pending"
 
@@ -55,7 +56,7 @@ systemctl show ssh.service systemd-journald.service -p ActiveEnterTimestamp -p S
 
 
 def harden(*options: str) -> Play:
-    return play(REPO / "playbooks/harden.yml", *options)
+    return play(HARDEN, *options)
 
 
 def sshd_task(settings: dict[str, Any], name: str = "Change sshd", revert_after: int = 60) -> dict[str, Any]:
