@@ -25,6 +25,6 @@ def test_a_killed_drill_is_finished_by_its_resumption_and_does_nothing_twice(
             print(f"\n{line}", end="", flush=True)
 
     results = Results(SEED, told)
-    drill.sweep_drills(inventory, tmp_path, KILLS, results, lanes=2)
+    drill.sweep_drills(inventory, tmp_path, KILLS, results, lanes=1)
     assert [trial.line() for trial in results.bad()] == []
     assert len(results.trials) == KILLS
