@@ -11,7 +11,7 @@ from tests.faults import drill
 from tests.faults.sweep import Results
 
 SEED, KILLS = 4, 2
-"""With it the kills are of the network and of a playbook; more of them take a minute each."""
+"""With it the kills are of the network and of ansible-runner; more of them take half a minute each."""
 
 
 def test_a_killed_drill_is_finished_by_its_resumption_and_does_nothing_twice(
