@@ -18,19 +18,9 @@ from playwright.sync_api import Browser, expect, sync_playwright
 
 from lab.paths import REPO
 from lab.topology import Topology
+from tests.browser import DESKTOP, FLAGS, PHONE
 from tests.integration.trial import NODE, play
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
-DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"}
 HOSTILE = '</code><script>document.title="owned"</script><img src=x onerror="document.title=1">'
 DOMAINS = ("sysctl", "sshd", "permissions", "kernel_modules")
 

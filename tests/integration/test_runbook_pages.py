@@ -20,21 +20,11 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_play
 
 from runbooks import report
 from runbooks.journal import Journal, remember
+from tests.browser import DESKTOP, FLAGS, PHONE
 from tests.local_postgresql import LocalPostgreSQL
 from tests.unit.runbook import past
 from tests.unit.runbook.place import INVENTORY, ROOT, Place, make_place
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PHONE: dict[str, Any] = {"viewport": {"width": 360, "height": 740}, "color_scheme": "dark"}
-DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"}
 EVIL, FULL, DEAD, DONE = "20270314-050000-paint-evil", "20270314-021500-paint-full", "r-dead", "r-done"
 
 
