@@ -17,20 +17,19 @@ import pytest
 
 from lab.paths import REPO
 from lab.topology import Topology
-from tests.integration.test_hardening import HARDEN, family, harden
+from tests.integration.test_hardening import HARDEN, family, harden, kept_hardened
 from tests.integration.test_hardening_domains import GUARD, SABOTAGE, entry, harden_with, own, wall
 from tests.integration.trial import ENVIRONMENT, command, fresh_login, shell
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hardened(running_lab: Topology) -> Iterator[None]:
-    assert harden().code == 0
-    yield
-    shell(
-        "nft delete table inet trial 2>/dev/null; rm -f /etc/nftables.conf.d/trial.nft "
-        "/var/lib/censuschat-hardening/firewall/trial.json"
-    )
-    assert harden().code == 0
+    with kept_hardened():
+        yield
+        shell(
+            "nft delete table inet trial 2>/dev/null; rm -f /etc/nftables.conf.d/trial.nft "
+            "/var/lib/censuschat-hardening/firewall/trial.json"
+        )
 
 
 def test_dead_controller_leaves_the_timer_to_open_the_firewall_again(tmp_path: Path) -> None:

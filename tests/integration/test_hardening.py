@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,21 @@ def leftovers() -> str:
     return shell(f"ls -d {PENDING} /var/lib/censuschat-sshd/re* /etc/systemd/system/censuschat-sshd* 2>/dev/null; true")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hardened(running_lab: Topology) -> Iterator[None]:
-    """The node is hardened before the first and after the last test, whatever a test did to it."""
+@contextmanager
+def kept_hardened() -> Iterator[None]:
+    """The node is hardened before and after, whatever was done to it."""
     first = harden()
     assert first.code == 0, first.text[-3000:]
     yield
     last = harden()
     assert last.code == 0, last.text[-3000:]
     assert harden().changed == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hardened(running_lab: Topology) -> Iterator[None]:
+    with kept_hardened():
+        yield
 
 
 def test_check_mode_is_the_apply_and_a_second_run_plans_nothing() -> None:
