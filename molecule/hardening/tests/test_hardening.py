@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 from testinfra.host import Host
+
+
+def test_check_mode_on_the_bare_node_was_the_apply(host: Host) -> None:
+    results = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"]) / "controls"
+    node = host.backend.get_hostname()
+    planned, applied = (json.loads((results / f"{node}.{run}.json").read_text()) for run in ("planned", "applied"))
+    assert planned == applied
+    assert "changed" in applied.values()
 
 
 @pytest.mark.parametrize(
