@@ -181,10 +181,26 @@ def test_plan(path: Path) -> None:
             "-a always,exit -F arch=b64 -C auid!=euid -S execve -k x",
             "-a always,exit -F arch=b64 -S execve -C auid!=euid -F key=x",
         ),
+        (
+            "-a always,exit -F arch=b64 -S execve -C euid!=uid -F auid!=unset -F key=x",
+            "-a always,exit -F arch=b64 -S execve -C uid!=euid -F auid!=-1 -F key=x",
+        ),
     ],
 )
 def test_ways_to_write_one_audit_rule(one: str, other: str) -> None:
     assert plan_audit.normal(one) == plan_audit.normal(other)
+
+
+def test_sockets_in_a_directory_that_is_to_be_mounted_over() -> None:
+    lines = [
+        "Num       RefCount Protocol Flags    Type St Inode Path",
+        "0000000000000000: 00000002 00000000 00010000 0001 01 1001 /tmp/ssh-x/agent.7",
+        "0000000000000000: 00000003 00000000 00000000 0001 03 1002 /tmp/ssh-x/agent.7",
+        "0000000000000000: 00000002 00000000 00010000 0001 01 1003 /tmpfiles/other",
+        "0000000000000000: 00000003 00000000 00000000 0001 03 1004",
+        "0000000000000000: 00000002 00000000 00010000 0001 01 1005 @/tmp/abstract",
+    ]
+    assert plan_mounts.sockets_below("/tmp", "\n".join(lines)) == ["/tmp/ssh-x/agent.7"]
 
 
 def test_audit_rules_that_differ_stay_apart() -> None:

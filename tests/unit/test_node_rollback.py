@@ -48,6 +48,7 @@ def test_plan(path: Path) -> None:
         units={n: UnitState(n, "loaded", **u) for n, u in now.get("units", {}).items()},
         mounts={p: frozenset(o) for p, o in now.get("mounts", {}).items()},
         installed=frozenset(now.get("installed", [])),
+        audit_locked=now.get("audit_locked", False),
     )
     rollback = rollback_plan.plan([line(entry) for entry in case["journal"]], seen, force=case.get("force", False))
     assert [[a.kind, a.target, a.detail] for a in rollback.actions] == case["actions"]

@@ -47,8 +47,10 @@ def normal(rule: str) -> str:
             fields.add(f"key={value}")
         elif flag == "-S":
             calls |= set(value.split(",")) - {"all"}
-        elif flag in ("-F", "-C"):
+        elif flag == "-F":
             fields.add(_field(value))
+        elif flag == "-C":
+            fields.add(_comparison(value))
     if any(field.startswith(("path=", "dir=")) for field in fields):
         # A watch on a directory is shown as dir=, one on a file as path=; without permissions all are meant.
         fields = {f"path={f[4:].rstrip('/') or '/'}" if f.startswith("dir=") else f for f in fields}
@@ -72,6 +74,12 @@ def _field(text: str) -> str:
             value = value.rstrip("/") or "/" if name in ("path", "dir") else value
             return f"{name}{operator}{value}"
     return text
+
+
+def _comparison(text: str) -> str:
+    """Two fields of the event compared with each other; the kernel names them in its own order."""
+    operator = "!=" if "!=" in text else "="
+    return operator.join(sorted(text.split(operator)))
 
 
 def arranged(rules: Sequence[str]) -> list[str]:

@@ -83,6 +83,12 @@ def escaped(path: str) -> str:
     return "".join(f"\\{ord(c):03o}" if c in " \t\n\\" else c for c in path)
 
 
+def sockets_below(path: str, text: str) -> list[str]:
+    """The sockets that programs have bound below `path`, of /proc/net/unix (unix(7))."""
+    names = [words[7] for words in (line.split(None, 7) for line in text.splitlines()) if len(words) == 8]
+    return sorted({name for name in names if name.startswith(f"{path.rstrip('/')}/")})
+
+
 def problem(want: Mount, seen: MountsSeen) -> tuple[str, str]:
     """(violation, not applicable): what only a person can mend, and why there is nothing to hold here."""
     if want.path in seen.live or (want.kind and not seen.container):

@@ -29,6 +29,9 @@ from ansible_collections.censuschat.infra.plugins.module_utils.node.system impor
     write_atomically,
 )
 
+# What one of these cannot put back in the running system is no reason to leave the others as they are.
+_LIVE = ("sysctl", "umount", "remount_back", "modprobe", "audit_load", "apparmor_load")
+
 
 def read(to: str, kept: Sequence[str], root: str = "") -> list[dict[str, Any]]:
     """The journals of the runs to undo, oldest first."""
@@ -51,6 +54,7 @@ def observe(lines: Sequence[Mapping[str, Any]], commands: Commands) -> Now:
         installed=frozenset(p for p, s in state_host.observed_packages(packages, commands).items() if s.version),
         held=frozenset(held),
         modules=harden_observe.modules() if names("module") else frozenset(),
+        audit_locked=any(line["kind"] == "audit" for line in lines) and host_audit.observe(commands).locked,
     )
 
 
@@ -135,11 +139,19 @@ class Undoing:
             packages = [a for a in rest if a.kind == "package"]
             if packages:
                 state_host.Executor(Desired(), self.commands).install(packages)
+            problems = []
             for action in rest:
-                if action.kind != "package":
-                    self._apply_one(action)
+                try:
+                    if action.kind != "package":
+                        self._apply_one(action)
+                except NodeError as error:
+                    if action.kind not in _LIVE:
+                        raise
+                    problems.append(str(error))
         finally:
             self.keep.after()
+        if problems:
+            raise NodeError(f"{'; '.join(problems)}; everything else but sshd's files was put back: run it again")
         return sshd
 
     def _refuse_cut(self, actions: Sequence[Action]) -> None:
@@ -160,7 +172,7 @@ class Undoing:
             except OSError as error:
                 raise NodeError(f"the kernel refuses {target} = {action.payload}: {error.strerror}") from error
         elif action.kind == "umount":
-            must(["umount", target], f"unmounting {target} (whatever uses it has to end first)")
+            host_mounts.unmount(target, self.commands)
         elif action.kind == "remount_back":
             must(["mount", "-o", f"remount,{','.join(action.payload)}", target], f"remounting {target}")
         elif action.kind == "modprobe":

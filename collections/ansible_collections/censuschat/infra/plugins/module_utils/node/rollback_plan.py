@@ -22,6 +22,13 @@ _SECRET = ("/etc/shadow", "/etc/gshadow", "/etc/ssh/ssh_host_", "/var/lib/pam/")
 # Its stop flushes the tables of all, once our drop-in is gone; ours are taken away by themselves.
 _NEVER_STOPPED = ("nftables.service",)
 _SSHD = ("/etc/ssh/sshd_config", "/etc/systemd/system/ssh.socket.d/")
+# Values from which the kernel takes no other until the next boot (kernel.org, admin-guide/sysctl/kernel and Yama).
+_UNTIL_BOOT = {
+    "kernel.kexec_load_disabled": "1",
+    "kernel.modules_disabled": "1",
+    "kernel.unprivileged_bpf_disabled": "1",
+    "kernel.yama.ptrace_scope": "3",
+}
 # What takes a mount option away again.
 _INVERSE = {"noexec": "exec", "nodev": "dev", "nosuid": "suid", "ro": "rw", "noatime": "atime"}
 
@@ -54,6 +61,7 @@ class Now:
     installed: frozenset[str] = frozenset()
     held: frozenset[str] = frozenset()
     modules: frozenset[str] = frozenset()
+    audit_locked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +119,9 @@ def plan(lines: Sequence[Mapping[str, Any]], now: Now, *, force: bool = False) -
     actions = [*packages, *paths]
     if any(path.startswith(("/etc/systemd/system/", "/usr/lib/systemd/system/")) for path in touched):
         actions.append(Action("systemd", "daemon-reload", "unit files changed"))
-    actions += _plan_kernel(first, now)
+    kernel, until_boot = _plan_kernel(first, now)
+    actions += kernel
+    left += until_boot
     actions += _plan_mounts(first, now)
     actions += [
         Action("modprobe", entry["name"], "load", entry["name"], "not loaded\n", "loaded\n")
@@ -120,7 +130,10 @@ def plan(lines: Sequence[Mapping[str, Any]], now: Now, *, force: bool = False) -
     ]
     actions += _plan_units(lines, first, now, touched)
     again = {entry["kind"] for entry in first.values()}
-    if "audit" in again and any(path.startswith("/etc/audit/") for path in touched):
+    audited = "audit" in again and any(path.startswith("/etc/audit/") for path in touched)
+    if audited and now.audit_locked:
+        left.append("the loaded audit rules stay until the next boot: they are locked (-e 2)")
+    elif audited:
         actions.append(Action("audit_load", "audit rules", "load the rules of the files"))
     actions += [
         Action("apparmor_load", path, "load", path)
@@ -197,14 +210,18 @@ def _plan_packages(first: Mapping[tuple[str, str], Mapping[str, Any]], now: Now)
     return actions, left
 
 
-def _plan_kernel(first: Mapping[tuple[str, str], Mapping[str, Any]], now: Now) -> list[Action]:
-    return [
-        Action(
-            "sysctl", key, f"{now.kernel[key]} -> {entry['before']}", entry["before"], f"{key} = {now.kernel[key]}\n"
-        )
-        for (kind, key), entry in first.items()
-        if kind == "kernel" and key in now.kernel and now.kernel[key] != entry["before"]
-    ]
+def _plan_kernel(first: Mapping[tuple[str, str], Mapping[str, Any]], now: Now) -> tuple[list[Action], list[str]]:
+    actions, left = [], []
+    for (kind, key), entry in first.items():
+        value = now.kernel.get(key, "")
+        if kind != "kernel" or key not in now.kernel or value == entry["before"]:
+            continue
+        if _UNTIL_BOOT.get(key) == value:
+            left.append(f"{key} stays {value} until the next boot, which gives it {entry['before']}: the kernel's rule")
+            continue
+        detail = f"{value} -> {entry['before']}"
+        actions.append(Action("sysctl", key, detail, entry["before"], f"{key} = {value}\n"))
+    return actions, left
 
 
 def _plan_mounts(first: Mapping[tuple[str, str], Mapping[str, Any]], now: Now) -> list[Action]:
