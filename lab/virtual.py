@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lab.images import MASKED_UNITS, ImageError, building
 from lab.nodes import write
-from lab.paths import cache
+from lab.paths import PREFIX, cache
 
 NAME = "machine1"
 USER = "ops"
@@ -158,7 +158,12 @@ def build(image: str, log: Path) -> Path:
                     shutil.copy(half, root / "lab" / half.name)
             write(work / "known_hosts", f"{NAME} {(work / 'host.pub').read_text(encoding='ascii')}")
             script = CONFIGURE.format(masked=" ".join(MASKED_UNITS), name=NAME, user=USER)
-            inside = 'mount --bind /dev "$1/dev" && mount -t proc proc "$1/proc" && exec chroot "$1" /bin/sh -s'
+            # Devices of its own: packages' scripts give them groups, and these are not to be the machine's.
+            inside = (
+                'mount -t proc proc "$1/proc"; mount -t tmpfs dev "$1/dev"; '
+                'for i in null:3 zero:5 full:7 random:8 urandom:9; do mknod -m 666 "$1/dev/${i%:*}" c 1 "${i#*:}"; done; '
+                'exec chroot "$1" /bin/sh -s'
+            )
             step("configure it", "unshare", "--mount", "sh", "-ec", inside, "-", str(root), stdin=script)
             shutil.rmtree(root / "lab")
             for part in ("vmlinuz", "initrd.img"):
@@ -168,6 +173,12 @@ def build(image: str, log: Path) -> Path:
         shutil.rmtree(root)
         work.rename(target)
         return target
+
+
+def image_of(node: str) -> str:
+    """The image that a node of the lab was made from."""
+    shown = ("podman", "inspect", "--format", "{{.ImageName}}", f"{PREFIX}{node}")
+    return subprocess.run(shown, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,8 @@ OpenSCAP and Lynis come from Debian 12, the Debian 12 datastream from ssg-debian
 (0.1.82; those of Debian 12 and 13 have no CIS profiles), all by apt through the lab's package cache: from the mirror
 of the machine's own apt, so nothing but that mirror is needed. Where it has Debian 12 only, name the datastream with
 --content. The scanners take a node for a host, as they should here, once /run/.containerenv is unmounted
-and linux-base is installed.
+and linux-base is installed. With --machine Lynis also looks at a virtual machine that ours has hardened: a container
+holds no kernel value, clock, audit rule or AppArmor profile. It has one partition and no time server (twelve minutes).
 
 Exit codes: 0 all targets met; 1 a run failed or a target was missed; 2 bad input or a missing part, nothing touched.
 """
@@ -49,12 +50,13 @@ from typing import Any
 
 import yaml
 
-from lab import fabric, machine, nodes, trial
+from lab import fabric, machine, nodes, trial, virtual
 from lab.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Refusal
 from lab.images import ImageError, find_mirror
-from lab.paths import PREFIX, REPO, cache
+from lab.paths import PREFIX, REPO, STATE, cache
 from lab.topology import Node, Topology, TopologyError
 from lab.trial import Trial, TrialError
+from lab.virtual import VirtualError
 from tests.benchmarks import hardening_figures as figures
 from tests.benchmarks.hardening_figures import FiguresError, Floor, Run, Score
 
@@ -133,6 +135,13 @@ rm -f lynis.dat
 lynis audit system --quick --quiet --no-colors --logfile {place}/lynis.log --report-file {place}/lynis.dat >/dev/null
 cat lynis.dat
 """
+LYNIS_ONLY = """export DEBIAN_FRONTEND=noninteractive
+apt-get -qq install -y --no-install-recommends lynis >/dev/null && mkdir -p {place}
+"""
+MACHINE_EXCLUDED = {
+    "time_synchronised": "the machine reaches no time server",
+    "mounts_own_partitions": "the machine has one partition",
+}
 
 
 SUITES = ("forky", "sid")
@@ -441,6 +450,30 @@ class Bench:
             results.scores[state], results.lynis[state] = scores, lynis
 
 
+def score_on_a_machine(options: argparse.Namespace, results: Results) -> None:
+    """Lynis on a machine with a kernel of its own that ours has hardened. Raises BenchError."""
+    with (
+        tempfile.TemporaryDirectory(prefix="bh-") as directory,
+        trial.running([Trial(STOCK)], "bench-hardening"),
+        virtual.running(virtual.image_of(STOCK), STATE / "log" / "machine.log") as machine,
+    ):
+        say("a machine with a kernel of its own: ours")
+        plays, variables = play("ours", options)
+        inventory, playbook = Path(directory) / "hosts.yml", Path(directory) / "play.yml"
+        inventory.write_text(yaml.safe_dump({"all": {"hosts": {virtual.NAME: dict(machine.host())}}}), encoding="utf-8")
+        playbook.write_text(yaml.safe_dump(aimed(plays, virtual.NAME)), encoding="utf-8")
+        extra = json.dumps({**variables, "hardening_exclude": MACHINE_EXCLUDED})
+        command = (str(BIN / "ansible-playbook"), "-i", str(inventory), str(playbook), "-e", extra)
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=SCAN_S)
+        if done.returncode:
+            raise BenchError(
+                f"ours on a machine ended with {done.returncode}: {done.stdout[-1500:]}{done.stderr[-500:]}"
+            )
+        say("a machine with a kernel of its own: Lynis")
+        machine.sh(LYNIS_ONLY.format(place=PLACE), timeout=600)
+        results.lynis["machine"] = figures.read_lynis(machine.sh(LYNIS.format(place=PLACE), timeout=SCAN_S))
+
+
 def play(side: str, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The play of a side, and the variables it is run with."""
     if side == "ours":
@@ -555,6 +588,8 @@ def summary(results: Results) -> str:
                 "rules of cis_level1_server that still fail after ours (those of all profiles are in the file):"
             )
             lines += [f"  {line}" for line in figures.remaining(level1.failed, known)]
+    if "machine" in results.lynis:
+        lines.append(f"bench hardening: Lynis on a machine with a kernel of its own: {results.lynis['machine'].index}")
     missed = results.missed()
     lines += [f"  missed: {sentence}" for sentence in missed]
     lines.append(f"bench hardening: targets_missed={len(missed)}")
@@ -602,6 +637,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--peer-vars", type=mapping, default={}, metavar="JSON", help="further variables for the peer")
     top.add_argument("--cold", action="store_true", help="do not bring packages into the lab's cache beforehand")
     top.add_argument("--no-score", action="store_true", help="times only")
+    top.add_argument("--machine", action="store_true", help="Lynis on a virtual machine as well (x86_64 only)")
     top.add_argument(
         "--content", type=Path, metavar="FILE", help="the datastream ssg-debian12-ds.xml, instead of apt's"
     )
@@ -618,6 +654,9 @@ def problem(options: argparse.Namespace) -> str:
         return f"--forks {options.forks} is not a number of nodes; the default is 10"
     if options.content and not options.content.is_file():
         return f"--content {options.content} is not a file; it is ssg-debian12-ds.xml of the package ssg-debian"
+    lacking = [program for program in ("qemu-system-x86_64", "mke2fs") if not shutil.which(program)]
+    if options.machine and lacking:
+        return f"--machine needs {' and '.join(lacking)}: apt-get install qemu-system-x86 e2fsprogs"
     if options.json and not options.json.parent.is_dir():
         return f"--json {options.json}: its directory is not there"
     if not (BIN / "ansible-playbook").is_file():
@@ -653,6 +692,9 @@ def measure(options: argparse.Namespace, results: Results, save: Callable[[], No
             if scored:
                 bench.score(results)
             save()
+    if options.machine:
+        score_on_a_machine(options, results)
+        save()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -681,7 +723,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         measure(options, results, save)
-    except (BenchError, FiguresError, TrialError, TopologyError, fabric.FabricError, OSError) as error:
+    except (BenchError, FiguresError, TrialError, TopologyError, VirtualError, fabric.FabricError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if results.runs:
             print(f"the figures so far are in {file}", file=sys.stderr)

@@ -359,7 +359,10 @@ def missed(
     scores: Mapping[str, Mapping[str, Score]],
     lynis: Mapping[str, Lynis],
 ) -> list[str]:
-    """The targets that were missed, a sentence each. `scores` and `lynis`: by state (stock, peer, ours)."""
+    """The targets that were missed, a sentence each. `scores` and `lynis`: by state (stock, peer, ours).
+
+    Lynis' index counts where it was taken on a machine (`machine`): a container holds no kernel value, clock or audit.
+    """
     found = []
     for (nodes, run), share in sorted(ratios.items()):
         target = TARGET_FIRST if run == "first" else TARGET_SECOND
@@ -377,8 +380,10 @@ def missed(
     level1 = ours.get("cis_level1_server")
     if level1 and len(level1.failed) > TARGET_CIS_LEVEL1:
         found.append(f"cis_level1_server: {len(level1.failed)} rules fail, target {TARGET_CIS_LEVEL1}")
-    if "ours" in lynis and lynis["ours"].index < TARGET_LYNIS:
-        found.append(f"Lynis: index {lynis['ours'].index}, target {TARGET_LYNIS}")
+    judged = "machine" if "machine" in lynis else "ours"
+    if judged in lynis and lynis[judged].index < TARGET_LYNIS:
+        where = "" if judged == "machine" else " (in a container; --machine takes it with a kernel of its own)"
+        found.append(f"Lynis: index {lynis[judged].index}, target {TARGET_LYNIS}{where}")
     return found
 
 

@@ -20,7 +20,7 @@ import yaml
 
 from lab import trial, virtual
 from lab.cli import Refusal
-from lab.paths import PREFIX, REPO, STATE
+from lab.paths import REPO, STATE
 from lab.trial import Trial
 from lab.virtual import NAME, Machine
 
@@ -82,9 +82,7 @@ class Hardened:
 def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hardened]:
     try:
         with trial.running([Trial(BESIDE)], "machine"):
-            shown = ("podman", "inspect", "--format", "{{.ImageName}}", f"{PREFIX}{BESIDE}")
-            image = subprocess.run(shown, capture_output=True, text=True, check=True).stdout.strip()
-            with virtual.running(image, STATE / "log" / "machine.log") as machine:
+            with virtual.running(virtual.image_of(BESIDE), STATE / "log" / "machine.log") as machine:
                 yield Hardened(machine, tmp_path_factory.mktemp("machine"))
     except Refusal as refusal:
         pytest.fail(str(refusal))

@@ -264,8 +264,13 @@ def test_each_missed_target_is_a_sentence() -> None:
         "one more node, run=second: 0.060 of the peer's time, target 0.05",
         "cis_level1_server: 11 rules fail, after the peer 11",
         "cis_level1_server: 11 rules fail, target 10",
-        "Lynis: index 84, target 85",
+        "Lynis: index 84, target 85 (in a container; --machine takes it with a kernel of its own)",
     ]
+
+
+@pytest.mark.parametrize(("index", "found"), [(84, ["Lynis: index 84, target 85"]), (85, [])])
+def test_lynis_on_a_machine_counts_before_that_in_a_container(index: int, found: list[str]) -> None:
+    assert figures.missed({}, {}, {}, {"ours": Lynis(80), "machine": Lynis(index)}) == found
 
 
 # --- The peer ---

@@ -249,10 +249,8 @@ def test_find_walks_once_for_all_scans_and_leaves_pods_alone() -> None:
     assert command[:3] == ["find", "/", "/boot"]
     assert command.count("-xdev") == 1
     assert "/var/lib/kubelet/pods" in command
-    assert plan_inventory.starts({"/": "ext4", "/proc": "proc", "/var/lib/docker/x": "overlay", "/tmp": "tmpfs"}) == [
-        "/",
-        "/tmp",
-    ]
+    mounts = {"/": "ext4", "/proc": "proc", "/var/lib/docker/x": "overlay", "/tmp": "tmpfs", "/dev": "tmpfs"}
+    assert plan_inventory.starts({**mounts, "/dev/shm": "tmpfs"}) == ["/", "/dev/shm", "/tmp"]
 
 
 def test_profile_of_pam_is_known_by_its_modules_in_every_stack() -> None:

@@ -56,11 +56,14 @@ class Inventory:
 
 
 def starts(mounts: Mapping[str, str]) -> list[str]:
-    """The mount points (path to filesystem type) that a walk begins at, without virtual and pruned ones."""
+    """The mount points (path to filesystem type) that a walk begins at, without virtual and pruned ones.
+
+    /dev is one of them whatever its type: in a container its devices have groups of the machine.
+    """
     return sorted(
         path
         for path, kind in mounts.items()
-        if kind not in _VIRTUAL and not any(path == p or path.startswith(f"{p}/") for p in PRUNED)
+        if kind not in _VIRTUAL and path != "/dev" and not any(path == p or path.startswith(f"{p}/") for p in PRUNED)
     )
 
 
