@@ -161,7 +161,8 @@ def build(image: str, log: Path) -> Path:
             # Devices of its own: packages' scripts give them groups, and these are not to be the machine's.
             inside = (
                 'mount -t proc proc "$1/proc"; mount -t tmpfs dev "$1/dev"; '
-                'for i in null:3 zero:5 full:7 random:8 urandom:9; do mknod -m 666 "$1/dev/${i%:*}" c 1 "${i#*:}"; done; '
+                "for i in null:3 zero:5 full:7 random:8 urandom:9; do "
+                'mknod -m 666 "$1/dev/${i%:*}" c 1 "${i#*:}"; done; '
                 'exec chroot "$1" /bin/sh -s'
             )
             step("configure it", "unshare", "--mount", "sh", "-ec", inside, "-", str(root), stdin=script)

@@ -81,9 +81,11 @@ class Hardened:
 @pytest.fixture(scope="module", name="node")
 def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hardened]:
     try:
-        with trial.running([Trial(BESIDE)], "machine"):
-            with virtual.running(virtual.image_of(BESIDE), STATE / "log" / "machine.log") as machine:
-                yield Hardened(machine, tmp_path_factory.mktemp("machine"))
+        with (
+            trial.running([Trial(BESIDE)], "machine"),
+            virtual.running(virtual.image_of(BESIDE), STATE / "log" / "machine.log") as machine,
+        ):
+            yield Hardened(machine, tmp_path_factory.mktemp("machine"))
     except Refusal as refusal:
         pytest.fail(str(refusal))
 
