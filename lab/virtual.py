@@ -190,6 +190,8 @@ def running(image: str, log: Path) -> Iterator[Machine]:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
     command = (
+        # However this process ends, the machine ends with it.
+        *("setpriv", "--pdeathsig", "KILL"),
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-machine", "q35"),
         *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"),
         *("-kernel", str(place / "vmlinuz"), "-initrd", str(place / "initrd.img")),
