@@ -26,8 +26,9 @@ def settings(operator: Operator, mirror: Mirror) -> str:
         "ForceManaged: 1",
         "ReportPage:",
         "ExThreshold: 30",
-        # A node that runs apt right after another gets the same index without a question to the mirror.
-        "FreshIndexMaxAge: 300",
+        # A node that runs apt after another gets the same index without a question to the mirror: when several ask for
+        # an expired one at once, apt-cacher-ng may leave one of them without an answer for good.
+        "FreshIndexMaxAge: 3600",
         "ForeGround: 1",
         "VerboseLog: 1",
     ]
