@@ -30,6 +30,12 @@ DISK_GIB = 4
 BOOT_S = 300
 """Seconds after which a machine that lets nobody in counts as broken; it takes some 20 on two processors."""
 
+#: Controls of the hardening catalogue that it cannot hold, with the reason.
+CANNOT_HOLD = {
+    "time_synchronised": "the machine reaches no time server",
+    "mounts_own_partitions": "the machine has one partition",
+}
+
 # Takes away what makes the image a container, and gives it a kernel, a network and a way in. Runs in the new system.
 CONFIGURE = """set -e
 for unit in {masked}; do rm -f "/etc/systemd/system/$unit"; done
@@ -184,7 +190,10 @@ def image_of(node: str) -> str:
 
 @contextlib.contextmanager
 def running(image: str, log: Path) -> Iterator[Machine]:
-    """A machine that has just booted for the first time; what it writes is gone with it. Raises VirtualError."""
+    """A machine that has just booted for the first time; what it writes is gone with it.
+
+    Raises ImageError, VirtualError.
+    """
     place = build(image, log)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -138,10 +138,6 @@ cat lynis.dat
 LYNIS_ONLY = """export DEBIAN_FRONTEND=noninteractive
 apt-get -qq install -y --no-install-recommends lynis >/dev/null && mkdir -p {place}
 """
-MACHINE_EXCLUDED = {
-    "time_synchronised": "the machine reaches no time server",
-    "mounts_own_partitions": "the machine has one partition",
-}
 
 
 SUITES = ("forky", "sid")
@@ -156,6 +152,9 @@ def install() -> str:
 
 class BenchError(RuntimeError):
     """The benchmark cannot go on; the message says what failed and what it said."""
+
+
+FAILURES = (BenchError, FiguresError, TrialError, TopologyError, VirtualError, ImageError, fabric.FabricError)
 
 
 def known_rules(scanner: str = "openscap_debian12") -> dict[str, figures.Why]:
@@ -462,7 +461,7 @@ def score_on_a_machine(options: argparse.Namespace, results: Results) -> None:
         inventory, playbook = Path(directory) / "hosts.yml", Path(directory) / "play.yml"
         inventory.write_text(yaml.safe_dump({"all": {"hosts": {virtual.NAME: dict(machine.host())}}}), encoding="utf-8")
         playbook.write_text(yaml.safe_dump(aimed(plays, virtual.NAME)), encoding="utf-8")
-        extra = json.dumps({**variables, "hardening_exclude": MACHINE_EXCLUDED})
+        extra = json.dumps({**variables, "hardening_exclude": virtual.CANNOT_HOLD})
         command = (str(BIN / "ansible-playbook"), "-i", str(inventory), str(playbook), "-e", extra)
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False, timeout=SCAN_S)
         if done.returncode:
@@ -725,7 +724,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         measure(options, results, save)
-    except (BenchError, FiguresError, TrialError, TopologyError, VirtualError, fabric.FabricError, OSError) as error:
+    except (*FAILURES, subprocess.SubprocessError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if results.runs:
             print(f"the figures so far are in {file}", file=sys.stderr)
