@@ -85,11 +85,13 @@ def _aside(argv: Sequence[str], what: str, commands: Commands) -> Iterator[str]:
     staging = tempfile.mkdtemp(prefix="censuschat-mount-", dir="/run")
     try:
         commands.must([*argv, staging], what)
-        try:
-            yield staging
-        finally:
-            commands.must(["umount", staging], f"unmounting {staging}")
+    except NodeError:
+        os.rmdir(staging)
+        raise
+    try:
+        yield staging
     finally:
+        commands.must(["umount", staging], f"unmounting {staging}")
         os.rmdir(staging)
 
 
