@@ -6,9 +6,7 @@ One machine in the order of the tests: bare, checked, hardened, hardened again, 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +20,8 @@ from lab.cli import Refusal
 from lab.paths import REPO, STATE
 from lab.trial import Trial
 from lab.virtual import NAME, Machine
+from tests.integration.trial import BIN, ENVIRONMENT, Play
 
-BIN = Path(sys.executable).parent
 BESIDE = "beside1"
 # What check mode could have left behind.
 FINGERPRINT = """
@@ -50,14 +48,11 @@ class Hardened:
         playbook.write_text(yaml.safe_dump([{"hosts": NAME, "gather_facts": False, "tasks": [role]}]))
         inventory.write_text(yaml.safe_dump({"all": {"hosts": {NAME: dict(self.machine.host())}}}))
         command = (str(BIN / "ansible-playbook"), "-i", str(inventory), str(playbook), *options)
-        environment = {**os.environ, "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"}
-        done = subprocess.run(
-            command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=900, check=False
+        outcome = Play(
+            subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, timeout=900, check=False)
         )
-        assert "{" in done.stdout, done.stdout + done.stderr
-        data = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{") :])[0]
-        results = [task["hosts"][NAME] for task in data["plays"][0]["tasks"] if NAME in task["hosts"]]
-        assert done.returncode == 0, next((r["msg"] for r in results if r.get("failed")), done.stderr[-3000:])
+        results = [task["hosts"][NAME] for task in outcome.data["plays"][0]["tasks"] if NAME in task["hosts"]]
+        assert outcome.code == 0, next((r["msg"] for r in results if r.get("failed")), outcome.text[-3000:])
         found: dict[str, Any] = next(r for r in results if r["action"].startswith("censuschat.infra.node_"))
         self.reports[name] = found
         return found
